@@ -18,7 +18,7 @@ install-dev: .venv/installed-dev  ## The same with the development tools and the
 
 run: .venv/installed  ## Main job: train a ResidMLP, decompose it, say whether the result is right
 	papermill nbs/10_resid_mlp.ipynb out.ipynb -p n_layers 2
-	@python -m spd.jobs report out.ipynb
+	@spd-run report out.ipynb
 
 test: .venv/installed-dev  ## Notebooks and tests, without the slow ones
 	nbdev_test

@@ -43,7 +43,7 @@ def match_columns(
     "Order of columns that maximises the diagonal sum (Hungarian); unmatched columns follow in their own order."
     _, cols = linear_sum_assignment(table.detach().cpu().double().numpy(), maximize=True)
     rest = [c for c in range(table.shape[1]) if c not in set(cols.tolist())]
-    return torch.tensor([*cols.tolist(), *rest])
+    return torch.tensor([*cols.tolist(), *rest], dtype=torch.long)
 
 
 def dense_order(
