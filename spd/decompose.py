@@ -65,13 +65,13 @@ def batch_losses(
     step: int,
     streams: Streams,
     merge: bool,  # compute all-zero inputs once
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # losses, lower-leaky causal importances
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:  # losses, causal importances, weight of each row
     "Losses of one freshly drawn batch."
     x = data(config.batch_size, streams.data)
     x, weight = merge_zeros(x) if merge else (x, None)
-    noise = draw_step_noise(config, parts.Cs, x.shape[: x.ndim - 1] if x.is_floating_point() else x.shape, streams.masks)
+    noise = draw_step_noise(config, parts.Cs, x.shape[:-1] if x.is_floating_point() else x.shape, streams.masks)
     p = config.losses.importance_minimality.p_at(step, config.steps)
-    return step_losses(parts.model, parts.ci_fns, x, weight, noise, config, p)
+    return *step_losses(parts.model, parts.ci_fns, x, weight, noise, config, p), weight
 
 # %% ../nbs/09_decompose.ipynb #0f3eafdf
 def warm_up(model: ComponentModel, config: DecomposeConfig) -> None:
@@ -97,11 +97,11 @@ def estimate_step_seconds(
 ) -> float:  # median seconds per training step
     "Median duration of a step's losses and backward; changes nothing."
     device = next(parts.parameters()).device
-    streams, merge, times = Streams.of(config.seed, device, "estimate"), False, []
+    streams, times = Streams.of(config.seed, device, "estimate"), []
     merge = zero_is_silent(parts.model, data(2, streams.data))
     for _ in range(n + 1):
         start = time.perf_counter()
-        losses, _ = batch_losses(parts, data, config, 0, streams, merge)
+        losses, *_ = batch_losses(parts, data, config, 0, streams, merge)
         losses["total"].backward()
         losses["total"].item()
         times.append(time.perf_counter() - start)
@@ -165,10 +165,10 @@ class Recorder:
     def __init__(self, folder: RunFolder, parts, data, config, truth):
         self.folder, self.parts, self.data, self.config, self.truth = folder, parts, data, config, truth
 
-    def train_row(self, step: int, losses, ci, norms, lr: float) -> dict[str, float]:
+    def train_row(self, step: int, losses, ci, weight, norms, lr: float) -> dict[str, float]:
         "Log losses, L0, gradient norms and learning rate; stop at a loss that is not finite."
         row = {f"train/loss/{n}": v.item() for n, v in losses.items()}
-        row |= {f"train/l0/{n}": ci_l0(g, self.config.ci_alive_threshold) for n, g in ci.items()}
+        row |= {f"train/l0/{n}": ci_l0(g, self.config.ci_alive_threshold, weight) for n, g in ci.items()}
         row |= {f"train/grad_norms/{n}": v.item() for n, v in norms.items()} | {"train/schedules/lr": lr}
         self.folder.log(step, row)
         if bad := [n for n, v in losses.items() if not torch.isfinite(v)]:
@@ -235,13 +235,13 @@ def train(parts: Decomposition, data: Callable, config: DecomposeConfig, recorde
             if step % config.eval_freq == 0:
                 recorder.evaluate(step)
             lr = optimizer.param_groups[0]["lr"] = config.lr(step, config.steps)
-            losses, ci = batch_losses(parts, data, config, step, streams, merge)
+            losses, ci, weight = batch_losses(parts, data, config, step, streams, merge)
             optimizer.zero_grad()
             losses["total"].backward()
             norms = {"components": clip(components, config.grad_clip_components)}
             norms["ci_fns"] = clip(ci_params, config.grad_clip_ci_fns)
             if step % config.log_freq == 0:
-                row = recorder.train_row(step, losses, ci, norms, lr)
+                row = recorder.train_row(step, losses, ci, weight, norms, lr)
                 l0 = sum(v for k, v in row.items() if k.startswith("train/l0/"))
                 bar.set_postfix(loss=f"{row['train/loss/total']:.2e}", L0=f"{l0:.1f}", refresh=False)
             optimizer.step()

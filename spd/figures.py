@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import Tensor
 
 from .config import unknown_names
@@ -173,6 +173,9 @@ def plot_history(
             if ax is axes[-1] and expected_l0 and name in expected_l0:
                 ax.axhline(expected_l0[name], color=color, linestyle=":", linewidth=1.2)
         ax.set_yscale("log", nonpositive="mask")
+        if ax is axes[-1]:  # spans a decade or two: 0.5 reads better than 5 x 10^-1
+            ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
         ax.set(xlabel="step", ylabel=ylabel)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         if lines:

@@ -41,10 +41,13 @@ def merge_zeros(
 
 
 def weighted_mean(
-    values: Tensor,  # [B] one value per input
-    weight: Tensor | None,  # [B]; None = 1 each
+    values: Tensor,  # [B, ...] values of each input, e.g. one per position
+    weight: Tensor | None = None,  # [B]; None = 1 each
 ) -> Tensor:  # scalar
-    return values.mean() if weight is None else (values * weight).sum() / weight.sum()
+    "Mean over everything, inputs counted by weight."
+    if weight is None:
+        return values.mean()
+    return (values.flatten(1).mean(1) if values.ndim > 1 else values) @ weight / weight.sum()
 
 # %% ../nbs/04_losses.ipynb #5779508d
 def faithfulness(model: ComponentModel) -> Tensor:  # scalar
@@ -63,8 +66,7 @@ def importance_minimality(
     "Sum over sites and components of the mean over inputs of (g + eps)^p (SPD eq. 7)."
     total = torch.zeros((), device=next(iter(upper.values())).device)
     for g in upper.values():
-        per_input = (g + eps).pow(p).sum(-1)
-        total = total + weighted_mean(per_input.flatten(1).mean(1) if per_input.ndim > 1 else per_input, weight)
+        total = total + weighted_mean((g + eps).pow(p).sum(-1), weight)
     return total
 
 # %% ../nbs/04_losses.ipynb #82759f4e
@@ -80,7 +82,7 @@ def output_divergence(
     else:
         p, q = target.log_softmax(-1), out.log_softmax(-1)
         per_entry = (p.exp() * (p - q)).sum(-1)
-    return weighted_mean(per_entry.flatten(1).mean(1) if per_entry.ndim > 1 else per_entry, weight)
+    return weighted_mean(per_entry, weight)
 
 # %% ../nbs/04_losses.ipynb #b3d8b8c3
 RECON_LOSSES = ("stochastic_recon", "stochastic_recon_layerwise", "stochastic_recon_subset")

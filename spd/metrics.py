@@ -16,16 +16,17 @@ from torch import Tensor
 
 from .components import ComponentModel
 from .importance import CIFunctions
-from .losses import output_divergence
+from .losses import output_divergence, weighted_mean
 from .masks import ci_masks, draw_noise, random_masks, rounded_masks, stochastic_masks, unmasked, zero_masks
 
 # %% ../nbs/05_metrics.ipynb #4f8b9306
 def ci_l0(
     ci: Tensor,  # [..., C] causal importances
     threshold: float = 0.1,  # active above this
+    weight: Tensor | None = None,  # [B] weight of each input
 ) -> float:  # mean number of active components
     "Mean number of components with causal importance above `threshold`."
-    return (ci > threshold).sum(-1).float().mean().item()
+    return weighted_mean((ci > threshold).sum(-1).float(), weight).item()
 
 
 def alive(
