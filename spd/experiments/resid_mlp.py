@@ -106,6 +106,7 @@ class ResidMLP(nn.Module):
     "Residual MLP on embedded features: [B, n_features] -> [B, n_features]."
 
     Config = ResidMLPConfig
+    __module__ = "spd.experiments.resid_mlp"  # where a run finds this class again, also if defined in this notebook
 
     def __init__(self, config: ResidMLPConfig):
         super().__init__()

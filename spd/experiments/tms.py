@@ -51,6 +51,7 @@ class TMS(nn.Module):
     "Toy model of superposition: [B, n_features] -> [B, n_features]."
 
     Config = TMSConfig
+    __module__ = "spd.experiments.tms"  # where a run finds this class again, also if defined in this notebook
 
     def __init__(self, config: TMSConfig):
         super().__init__()

@@ -1,0 +1,97 @@
+"""Notebooks as jobs, with a real kernel: wrong parameters stop at once, a good run reports, a killed run keeps its rows."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spd import jobs
+from spd.decompose import load_run
+from spd.runs import RunFolder
+
+NBS = Path(__file__).parent.parent / "nbs"
+
+
+def papermill(notebook: str, out: Path, *parameters: str, **env: str) -> subprocess.CompletedProcess:
+    """What a user types; `IN_TEST=1` in `env` makes the notebook shrink to its smoke size."""
+    args = [a for name, value in zip(parameters[::2], parameters[1::2], strict=True) for a in ("-p", name, value)]
+    command = [sys.executable, "-m", "papermill", str(NBS / notebook), str(out), *args, "--no-progress-bar"]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "notebook, name, value, says",
+    [
+        ("10_resid_mlp.ipynb", "n_layer", "2", "did you mean 'n_layers'?"),
+        ("10_resid_mlp.ipynb", "n_layers", "4", "Input should be 1, 2 or 3"),
+        ("11_tms.ipynb", "which", "tms_6-2", "'tms_5-2', 'tms_5-2-id', 'tms_40-10' or 'tms_40-10-id'"),
+        ("11_tms.ipynb", "C", "3", "5 mechanisms to find but only C=3"),
+    ],
+)
+def test_a_wrong_parameter_stops_before_any_training(tmp_path, notebook, name, value, says):
+    out = tmp_path / "out.ipynb"
+    done = papermill(notebook, out, name, value, SPD_RUNS=str(tmp_path / "runs"), IN_TEST="1")
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_job_reports_its_run(tmp_path):
+    done = papermill(
+        "11_tms.ipynb", tmp_path / "out.ipynb", "steps", "40", "seed", "3", SPD_RUNS=str(tmp_path / "runs"), IN_TEST="1"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = jobs.find_record(tmp_path / "out.ipynb")
+    folder = RunFolder(record["path"])
+    assert folder.path.parent == tmp_path / "runs"
+    assert folder.config()["decompose"]["seed"] == 3
+    assert folder.status()["state"] == "finished"
+    assert record["verdict"]["status"] == folder.summary()["verdict"]["status"] == "FAIL"  # 40 steps are no training
+    assert {f.name for f in (folder.path / "figures").iterdir()} >= {"causal_importances.png", "history.png"}
+    assert f"Run folder: {folder.path}" in jobs.report(tmp_path / "out.ipynb")
+    again = load_run(folder.path)  # the target is rebuilt from the folder alone
+    assert again.verdict.status == "FAIL" and again.model.target.config.n_features == 5
+
+
+def test_the_runner_leaves_the_executed_notebook_in_the_run_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IN_TEST", "1")
+    assert jobs.main(["tms_5-2", "-p", "steps", "20", "-p", "out_dir", str(tmp_path)]) == 0
+    (run,) = tmp_path.iterdir()
+    assert {"notebook.ipynb", "config.yaml", "summary.json", "metrics.jsonl"} <= {f.name for f in run.iterdir()}
+    assert f"Run folder: {run}" in capsys.readouterr().out
+
+
+KILLED = """
+import sys
+from spd.decompose import decompose
+from spd.experiments.tms import PRESETS, TARGETS, TMS, ground_truth
+config = PRESETS["default"]["tms_5-2"].replace(
+    steps=100_000, batch_size=64, log_freq=5, eval_freq=1000, save_freq=10, eval_batch_size=256
+)
+target = TMS(TARGETS["tms_5-2"])
+decompose(target, target.config.data(), config, ground_truth(target.config), out_dir=sys.argv[1], progress=False)
+"""
+
+
+def test_a_killed_run_keeps_its_rows_and_a_loadable_checkpoint(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    try:
+        deadline = time.time() + 120
+        while time.time() < deadline and len(list(tmp_path.glob("*/checkpoints/step_*"))) < 2:
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(20)
+    (run,) = map(RunFolder, tmp_path.iterdir())
+    steps = [r["_step"] for r in run.rows() if "train/loss/total" in r]
+    saved = int(run.checkpoints()[-1].stem.removeprefix("step_"))
+    assert steps == list(range(0, 5 * len(steps), 5)) and steps[-1] >= saved - 5
+    assert json.loads((run.path / "status.json").read_text())["state"] == "running"  # nobody could say otherwise
+    loaded = load_run(run.path)
+    assert loaded.verdict.status == "INCONCLUSIVE"
+    assert loaded.model["linear1"].V.isfinite().all()
