@@ -157,7 +157,7 @@ class Site(nn.Module):
         wide = isinstance(self.original, WideLinear)
         y = Product((h, U)) if wide else h @ U
         if mask.b is not None:
-            y = y + (self.original(x) if wide else F.linear(x, self.original.weight)) * mask.b
+            y = y + (self.original(x) if wide else x @ self.original.weight.T) * mask.b
         return y if self.original.bias is None else y + self.original.bias
 
 # %% ../nbs/01_components.ipynb #d0d15844

@@ -20,13 +20,12 @@ from .masks import Noise, draw_noise, stochastic_masks
 # %% ../nbs/04_losses.ipynb #20501729
 def zero_is_silent(
     model: ComponentModel,
-    x: Tensor,  # [B, n], any batch: gives shape, type and device
+    x: Tensor,  # [B, ...] any batch: gives shape, type and device
 ) -> bool:
     "Whether an all-zero input gives all-zero inputs to every site, so that masks cannot matter for it."
     if x.ndim != 2 or not x.is_floating_point():
         return False
-    inputs = model.clean(torch.zeros_like(x[:1]))[1].values()
-    return all(bool(form(i).eq(0).all()) for i in inputs)
+    return all(bool(form(i).eq(0).all()) for i in model.clean(torch.zeros_like(x[:1]))[1].values())
 
 
 def merge_zeros(

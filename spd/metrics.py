@@ -8,6 +8,7 @@ __all__ = ['ci_l0', 'alive', 'match_columns', 'dense_order', 'identity_ci_error'
            'ci_tables']
 
 # %% ../nbs/05_metrics.ipynb #2e767fb8
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .components import ComponentModel
-from .importance import CIFunctions
 from .losses import output_divergence, weighted_mean
 from .masks import ci_masks, draw_noise, random_masks, rounded_masks, stochastic_masks, unmasked, zero_masks
 
@@ -141,7 +141,7 @@ def correlation(
 @torch.no_grad()
 def recon_under_masks(
     model: ComponentModel,
-    ci_fns: CIFunctions,
+    ci_fns: Callable,  # (model, site inputs) -> CI, usually `CIFunctions`
     x: Tensor,  # [B, ...] inputs
     generator: torch.Generator,  # evaluation stream
     kind: str = "mse",  # output divergence
@@ -166,7 +166,7 @@ def recon_under_masks(
 @torch.no_grad()
 def ci_tables(
     model: ComponentModel,
-    ci_fns: CIFunctions,
+    ci_fns: Callable,  # (model, site inputs) -> CI, usually `CIFunctions`
     n_features: int,  # width of the input
     magnitude: float = 0.75,  # strength of the single feature
 ) -> dict[str, Tensor]:  # site -> [n_features, C]

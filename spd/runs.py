@@ -258,13 +258,13 @@ def config_hash(config: Config) -> str:
 
 
 def trained_target(
-    kind: Callable[[Any], nn.Module],  # the target's class; takes a config with a field `seed`
+    kind: Callable[[Any], Any],  # the target's class; takes a config with a field `seed`
     config: Config,  # its seed is the first to try
     train: Callable[[Any], None],  # trains a target in place
     check: Callable[[Any], str | None],  # why a target is refused; None if it is good
     tries: int = 5,  # how many seeds to try
     say: Callable[[str], Any] = print,  # where to report the lottery
-) -> nn.Module:  # trained and checked; its `config.seed` is the seed that won
+) -> Any:  # the target, trained and checked; its `config.seed` is the seed that won
     "Take a target from the cache or train it; try the next seed when one fails its check."
     refused, first = [], config.model_dump()["seed"]
     for seed in range(first, first + tries):

@@ -71,7 +71,8 @@ def contributions(
     is_alive: dict[str, torch.Tensor],  # site -> [C] bool
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [layers, n, d_mlp] of the target, and through one component per feature
     "Neuron contributions of target and components, layer by layer."
-    W_E, W_U = model.target.W_E, model.target.W_U
+    target: Any = model.target
+    W_E, W_U = target.W_E, target.W_U
     of_target, of_components = [], []
     for read, write in truth.blocks:
         W = model.weights()

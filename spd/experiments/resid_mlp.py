@@ -107,6 +107,7 @@ class ResidMLP(nn.Module):
 
     Config = ResidMLPConfig
     __module__ = "spd.experiments.resid_mlp"  # where a run finds this class again, also if defined in this notebook
+    W_E: Tensor  # [n_features, d_embed]
 
     def __init__(self, config: ResidMLPConfig):
         super().__init__()
@@ -172,27 +173,27 @@ def check_resid_mlp(target: ResidMLP) -> str | None:
     return None
 
 # %% ../../nbs/10_resid_mlp.ipynb #67c0b5a7
-def _preset(C_in, C_out, imp, lr, steps, **more) -> DecomposeConfig:
-    return DecomposeConfig(
-        modules={"layers.*.mlp_in": C_in, "layers.*.mlp_out": C_out},
-        losses={
-            "importance_minimality": {"coeff": imp, "p": 2.0},
-            "faithfulness": 1.0, "stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0,
-        },
-        lr=lr, steps=steps, **{"batch_size": 2048} | more,
-    )  # fmt: skip
+def _preset(C_in: int, C_out: int, imp: float, **more) -> DecomposeConfig:
+    losses = {"faithfulness": 1.0, "stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0}
+    return DecomposeConfig.model_validate({
+        "modules": {"layers.*.mlp_in": C_in, "layers.*.mlp_out": C_out},
+        "losses": losses | {"importance_minimality": {"coeff": imp, "p": 2.0}},
+        "batch_size": 2048,
+    } | more)  # fmt: skip
 
 
 _PAPER = {"init": "projected", "use_delta_component": False}
-_OURS = {"faithfulness_warmup": {"steps": 200, "lr": 1e-2}}
+_OURS = {"faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "lr": {"start": 4e-3, "fn": "cosine"}, "batch_size": 1024}
 PRESETS: dict[str, dict[int, DecomposeConfig]] = {
     "paper": {
-        1: _preset(100, 100, 1e-5, {"start": 2e-3}, 30_000, **_PAPER),
-        2: _preset(400, 400, 1e-5, {"start": 1e-3}, 50_000, **_PAPER),
-        3: _preset(500, 500, 5e-6, {"start": 1e-3}, 200_000, ci_fn={"hidden": (128,)}, **_PAPER),
+        1: _preset(100, 100, 1e-5, lr={"start": 2e-3}, steps=30_000, **_PAPER),
+        2: _preset(400, 400, 1e-5, lr={"start": 1e-3}, steps=50_000, **_PAPER),
+        3: _preset(500, 500, 5e-6, lr={"start": 1e-3}, steps=200_000, ci_fn={"hidden": (128,)}, **_PAPER),
     },
     "default": {
-        n: _preset(200, 100 // n, 2e-5, {"start": 2e-3, "fn": "cosine"}, 4_000, **_OURS) for n in (1, 2, 3)
+        1: _preset(200, 100, 2e-5, steps=5_000, **_OURS),
+        2: _preset(200, 50, 2e-5, steps=6_000, **_OURS),
+        3: _preset(204, 34, 2e-5, steps=10_000, **_OURS),
     },
 }
 TARGETS = {

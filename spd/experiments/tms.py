@@ -111,14 +111,12 @@ def check_tms(target: TMS) -> str | None:
 
 # %% ../../nbs/11_tms.ipynb #b36cbe5e
 def _preset(C: int, identity: bool, imp: float, p: float, **more) -> DecomposeConfig:
-    return DecomposeConfig(
-        modules={"linear1": C, "linear2": C} | ({"hidden": C} if identity else {}),
-        losses={
-            "importance_minimality": {"coeff": imp, "p": p},
-            "faithfulness": 1.0, "stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0,
-        },
-        **{"batch_size": 4096} | more,
-    )  # fmt: skip
+    losses = {"faithfulness": 1.0, "stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0}
+    return DecomposeConfig.model_validate({
+        "modules": {"linear1": C, "linear2": C} | ({"hidden": C} if identity else {}),
+        "losses": losses | {"importance_minimality": {"coeff": imp, "p": p}},
+        "batch_size": 4096,
+    } | more)  # fmt: skip
 
 
 _PAPER = {"init": "projected", "use_delta_component": False, "steps": 40_000, "lr": {"start": 1e-3, "fn": "quarter_cosine"}}
