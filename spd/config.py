@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ConfigT', 'unknown_names', 'Config', 'Schedule', 'ImportanceMinimality', 'Losses', 'CIFn', 'FaithfulnessWarmup',
-           'DecomposeConfig', 'make_generator', 'SparseFeatures', 'injected_names', 'read_parameters']
+           'DecomposeConfig', 'make_generator', 'SparseFeatures', 'assigned_names', 'parameter_names',
+           'read_parameters']
 
 # %% ../nbs/00_config.ipynb #68683285
 import ast
@@ -67,8 +68,14 @@ class Schedule(Config):
 
     start: float = Field(gt=0, description="value after warm-up")
     fn: Literal["constant", "linear", "cosine", "quarter_cosine"] = Field(default="constant", description="curve after warm-up")
-    final_frac: float = Field(default=0.0, ge=0, le=1, description="last value as a share of `start` (not for constant)")
+    final_frac: float | None = Field(default=None, ge=0, le=1, description="last value as a share of `start`; None = 0")
     warmup_frac: float = Field(default=0.0, ge=0, lt=1, description="share of the steps spent rising linearly from 0")
+
+    @model_validator(mode="after")
+    def _constant_stays(self):
+        if self.fn == "constant" and self.final_frac not in (None, 1):
+            raise ValueError(f"a constant schedule ends where it starts; final_frac={self.final_frac} needs another fn")
+        return self
 
     def __call__(
         self,
@@ -86,7 +93,7 @@ class Schedule(Config):
             "cosine": 0.5 * (1 + math.cos(math.pi * t)),
             "quarter_cosine": math.cos(0.5 * math.pi * t),
         }[self.fn]
-        floor = 1.0 if self.fn == "constant" else self.final_frac
+        floor = self.final_frac or 0.0
         return self.start * (floor + (1 - floor) * curve)
 
 # %% ../nbs/00_config.ipynb #9299a0a5
@@ -125,6 +132,17 @@ class Losses(Config):
     stochastic_recon: float = Field(default=0.0, ge=0, description="all sites masked stochastically at once (beta_1)")
     stochastic_recon_layerwise: float = Field(default=0.0, ge=0, description="one site masked at a time (beta_2)")
     stochastic_recon_subset: float = Field(default=0.0, ge=0, description="a random subset of sites per input masked")
+
+    @model_validator(mode="after")
+    def _something(self):
+        if not any(self.coefficients().values()):
+            raise ValueError("every loss has coefficient 0: there is nothing to train")
+        return self
+
+    def coefficients(self) -> dict[str, float]:  # loss -> coefficient
+        "The coefficient of every loss, by name."
+        own = {n: getattr(self, n) for n in type(self).model_fields if n != "importance_minimality"}
+        return {"importance_minimality": self.importance_minimality.coeff} | own
 
 
 class CIFn(Config):
@@ -206,6 +224,9 @@ class SparseFeatures(Config):
     def _possible(self):
         lo, hi = self.value_range
         used = [i for group in self.synced for i in group]
+        ignored = "feature_probability" if self.mode == "exactly_k_active" else "k"
+        if ignored in self.model_fields_set:
+            raise ValueError(f"{ignored} has no meaning in mode {self.mode!r}")
         if lo >= hi:
             raise ValueError(f"value_range needs low < high, got {self.value_range}")
         if self.mode == "exactly_k_active" and self.k > self.n_features:
@@ -237,13 +258,28 @@ class SparseFeatures(Config):
 ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def injected_names(
+def assigned_names(cell: str) -> list[str]:
+    "Variables a cell of plain assignments sets; none for any other cell."
+    try:
+        nodes = ast.parse(cell).body
+    except SyntaxError:  # a cell with magics
+        return []
+    if not all(isinstance(n, ast.Assign) for n in nodes):
+        return []
+    return [t.id for n in nodes if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
+
+
+def parameter_names(
     history: Sequence[str],  # sources of the cells run so far (IPython's `In`)
-) -> list[str]:  # names assigned in papermill's cell
-    "The variable names papermill injected, in order."
-    cells = [c for c in history if c.lstrip().startswith("# Parameters")]
-    nodes = [n for c in cells for n in ast.parse(c).body if isinstance(n, ast.Assign)]
-    return [t.id for n in nodes for t in n.targets if isinstance(t, ast.Name)]
+    known: Sequence[str],  # parameters that exist
+) -> list[str]:  # names that were meant as parameters
+    "Names set in papermill's cell and in the parameters cell, told by the known names that fill most of it."
+    found = []
+    for cell in history:
+        names = assigned_names(cell)
+        if cell.lstrip().startswith("# Parameters") or len(set(names) & set(known)) > len(known) / 2:
+            found += names
+    return found
 
 
 def read_parameters(
@@ -251,6 +287,7 @@ def read_parameters(
     namespace: dict[str, Any],  # the notebook's `globals()`
 ) -> ConfigT:  # the checked parameters
     "Check a run notebook's parameters, misspelt ones included, before any compute is spent."
-    if msg := unknown_names(injected_names(namespace.get("In", [])), list(schema.model_fields), "notebook parameter"):
+    known = list(schema.model_fields)
+    if msg := unknown_names(parameter_names(namespace.get("In", []), known), known, "notebook parameter"):
         raise ValueError(msg)
     return schema.model_validate({k: namespace[k] for k in schema.model_fields if k in namespace})

@@ -133,7 +133,7 @@ class CIFunctions(nn.Module):
             "mlp": lambda c: PerComponentMLP(c.C, config.hidden[0], generator),
             "shared_mlp": lambda c: SharedMLP(c.V.shape[0], c.C, config.hidden, generator),
         }[config.kind]
-        self.nets = nn.ModuleDict({module_key(n): make(model[n]) for n in model.sites})
+        self.nets = nn.ModuleDict({module_key(n): make(model[n]).to(model[n].V) for n in model.sites})
 
     def forward(
         self,

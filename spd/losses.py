@@ -77,11 +77,9 @@ def output_divergence(
 ) -> Tensor:  # scalar
     "Mean squared error over all entries, or mean KL(target || out) over inputs and positions."
     if kind == "mse":
-        per_entry = (out - target).square().mean(-1)
-    else:
-        p, q = target.log_softmax(-1), out.log_softmax(-1)
-        per_entry = (p.exp() * (p - q)).sum(-1)
-    return weighted_mean(per_entry, weight)
+        return weighted_mean((out - target).square(), weight)
+    p, q = target.log_softmax(-1), out.log_softmax(-1)
+    return weighted_mean((p.exp() * (p - q)).sum(-1), weight)
 
 # %% ../nbs/04_losses.ipynb #b3d8b8c3
 RECON_LOSSES = ("stochastic_recon", "stochastic_recon_layerwise", "stochastic_recon_subset")
@@ -100,7 +98,7 @@ def draw_step_noise(
             for _ in range(config.n_mask_samples)
         ]
         for loss in RECON_LOSSES
-        if getattr(config.losses, loss) > 0
+        if config.losses.coefficients()[loss] > 0
     }
 
 # %% ../nbs/04_losses.ipynb #0729bf28
@@ -128,15 +126,16 @@ def step_losses(
     "Every loss with a coefficient, unweighted, and their weighted sum under 'total'."
     out, inputs = model.clean(x)
     ci = ci_fns(model, inputs)
-    imp, coeffs = config.losses.importance_minimality, config.losses
-    losses = {"importance_minimality": importance_minimality(ci.upper, p, imp.eps, weight)}
-    if coeffs.faithfulness > 0:
+    coeffs, losses = config.losses.coefficients(), {}
+    if coeffs["importance_minimality"] > 0:
+        eps = config.losses.importance_minimality.eps
+        losses["importance_minimality"] = importance_minimality(ci.upper, p, eps, weight)
+    if coeffs["faithfulness"] > 0:
         losses["faithfulness"] = faithfulness(model)
     for name, samples in noise.items():
         masks = [stochastic_masks(ci.lower, n) for n in samples]
         if name == "stochastic_recon_layerwise":
             masks = [{site: m[site]} for m in masks for site in m]
         losses[name] = recon_under(model, x, out, masks, config.output_loss, weight)
-    weights = {n: imp.coeff if n == "importance_minimality" else getattr(coeffs, n) for n in losses}
-    losses["total"] = torch.stack([weights[n] * loss for n, loss in losses.items()]).sum()
+    losses["total"] = torch.stack([coeffs[n] * loss for n, loss in losses.items()]).sum()
     return losses, ci.lower

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ci_l0', 'alive', 'match_columns', 'dense_order', 'identity_ci_error', 'dense_ci_error', 'ColumnMatch',
-           'match_features', 'neuron_contributions', 'component_contributions', 'correlation', 'recon_under_masks',
-           'ci_tables']
+           'match_features', 'neuron_contributions', 'component_contributions', 'correlation', 'slope',
+           'recon_under_masks', 'ci_tables']
 
 # %% ../nbs/05_metrics.ipynb #2e767fb8
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -87,6 +87,8 @@ class ColumnMatch(NamedTuple):
 
     mmcs: float  # mean cosine similarity of matched columns
     ml2r: float  # mean norm ratio of matched columns
+    worst_cosine: float  # of any column
+    worst_ratio: float  # norm ratio furthest from 1
 
 
 def match_features(
@@ -100,11 +102,11 @@ def match_features(
     norms, norm_W = columns.norm(dim=-1), W.norm(dim=0)
     cosine = torch.einsum("jcd,dj->jc", columns, W) / (norms * norm_W[:, None]).clamp(min=1e-12)
     rows, cols = linear_sum_assignment(cosine.detach().cpu().double().numpy(), maximize=True)
-    n = W.shape[1]
-    return ColumnMatch(
-        cosine[rows, cols].sum().item() / n,
-        (norms[rows, cols] / norm_W[rows].clamp(min=1e-12)).sum().item() / n,
-    )
+    cosines, ratios = torch.zeros(2, W.shape[1])  # a feature without a partner keeps its zeros
+    cosines[rows] = cosine.detach().cpu()[rows, cols]
+    ratios[rows] = (norms.detach()[rows, cols] / norm_W[rows].clamp(min=1e-12)).cpu()
+    furthest = ratios[(ratios - 1).abs().argmax()]
+    return ColumnMatch(cosines.mean().item(), ratios.mean().item(), cosines.min().item(), furthest.item())
 
 # %% ../nbs/05_metrics.ipynb #eea77688
 def neuron_contributions(
@@ -137,19 +139,26 @@ def correlation(
     "Pearson correlation over all entries."
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
 
+
+def slope(
+    a: Tensor,  # any shape
+    b: Tensor,  # the same shape
+) -> float:  # 1 if b is as large as a
+    "Least-squares slope of `b` on `a` through the origin: correlation does not see a common factor, this does."
+    return ((a * b).sum() / a.square().sum().clamp(min=1e-12)).item()
+
 # %% ../nbs/05_metrics.ipynb #29fea694
 @torch.no_grad()
 def recon_under_masks(
     model: ComponentModel,
-    ci_fns: Callable,  # (model, site inputs) -> CI, usually `CIFunctions`
     x: Tensor,  # [B, ...] inputs
+    out: Tensor,  # clean output
+    ci: Mapping[str, Tensor],  # site -> lower-leaky causal importances [B, ..., C]
     generator: torch.Generator,  # evaluation stream
     kind: str = "mse",  # output divergence
     delta: bool = True,  # stochastic masks include the delta component
 ) -> dict[str, float]:  # mask name -> divergence from the clean output
     "Output divergence under unmasked, stochastic, ci, rounded, random and zero masks."
-    out, inputs = model.clean(x)
-    ci = ci_fns(model, inputs).lower
     shape = next(iter(ci.values())).shape[:-1]
     noise = draw_noise({n: g.shape[-1] for n, g in ci.items()}, shape, generator, delta)
     masks = {

@@ -47,7 +47,9 @@ def runs_root() -> Path:
 
 def cache_root() -> Path:
     "The folder that holds trained targets."
-    return Path(os.environ.get("SPD_CACHE") or Path.home() / ".cache" / "spd")
+    if given := os.environ.get("SPD_CACHE"):
+        return Path(given)
+    return Path(tempfile.gettempdir()) / "spd-test-cache" if os.environ.get("IN_TEST") else Path.home() / ".cache" / "spd"
 
 # %% ../nbs/08_runs.ipynb #a9ea3429
 def write_atomic(
@@ -139,7 +141,13 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         "What the run was asked to do."
-        return yaml.safe_load((self.path / "config.yaml").read_text())
+        file = self.path / "config.yaml"
+        if not file.exists():
+            raise FileNotFoundError(f"{self.path} is no run folder: it has no config.yaml")
+        config = yaml.safe_load(file.read_text())
+        if config.get("schema") != SCHEMA:
+            raise ValueError(f"{file} has schema {config.get('schema')}; this version of spd reads schema {SCHEMA}")
+        return config
 
     def set_status(self, state: str, reason: str = "") -> None:
         "Write status.json: running, finished, interrupted or failed."
@@ -197,7 +205,7 @@ class RunFolder:
     ) -> Path:
         "Write checkpoints/step_*.safetensors atomically and drop the oldest ones."
         path = self.path / "checkpoints" / f"step_{step:08d}.safetensors"
-        plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        plain = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}  # tied ones each in full
         write_atomic(path, lambda p: safetensors.torch.save_file(plain, p, {"step": str(step)}))
         for old in self.checkpoints()[:-keep]:
             old.unlink()

@@ -35,10 +35,11 @@ def papermill(notebook: str, out: Path, *parameters: str, **env: str) -> subproc
 )
 def test_a_wrong_parameter_stops_before_any_training(tmp_path, notebook, name, value, says):
     out = tmp_path / "out.ipynb"
-    done = papermill(notebook, out, name, value, SPD_RUNS=str(tmp_path / "runs"), IN_TEST="1")
+    places = {"SPD_RUNS": str(tmp_path / "runs"), "SPD_CACHE": str(tmp_path / "cache")}
+    done = papermill(notebook, out, name, value, **places, IN_TEST="1")
     assert done.returncode == 1
     assert says in done.stderr
-    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
 
 
 def test_a_job_reports_its_run(tmp_path):
@@ -72,18 +73,20 @@ import sys
 from spd.decompose import decompose
 from spd.experiments.tms import PRESETS, TARGETS, TMS, ground_truth
 config = PRESETS["default"]["tms_5-2"].replace(
-    steps=100_000, batch_size=64, log_freq=5, eval_freq=1000, save_freq=10, eval_batch_size=256
+    steps=100_000, batch_size=64, log_freq=5, eval_freq=1000, save_freq=int(sys.argv[2]), eval_batch_size=256
 )
 target = TMS(TARGETS["tms_5-2"])
 decompose(target, target.config.data(), config, ground_truth(target.config), out_dir=sys.argv[1], progress=False)
 """
 
 
-def test_a_killed_run_keeps_its_rows_and_a_loadable_checkpoint(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+@pytest.mark.parametrize("save_freq, wait_for_rows", [(10, 60), (1_000_000, 20)])
+def test_a_killed_run_keeps_its_rows_and_a_loadable_checkpoint(tmp_path, save_freq, wait_for_rows):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path), str(save_freq)])
+    rows = lambda: [line for f in tmp_path.glob("*/metrics.jsonl") for line in f.read_text().splitlines()]
     try:
         deadline = time.time() + 120
-        while time.time() < deadline and len(list(tmp_path.glob("*/checkpoints/step_*"))) < 2:
+        while time.time() < deadline and len(rows()) < wait_for_rows:
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -91,7 +94,7 @@ def test_a_killed_run_keeps_its_rows_and_a_loadable_checkpoint(tmp_path):
     (run,) = map(RunFolder, tmp_path.iterdir())
     steps = [r["_step"] for r in run.rows() if "train/loss/total" in r]
     saved = int(run.checkpoints()[-1].stem.removeprefix("step_"))
-    assert steps == list(range(0, 5 * len(steps), 5)) and steps[-1] >= saved - 5
+    assert steps == list(range(0, 5 * len(steps), 5)) and len(steps) >= wait_for_rows - 2 and steps[-1] >= saved - 5
     assert json.loads((run.path / "status.json").read_text())["state"] == "running"  # nobody could say otherwise
     loaded = load_run(run.path)
     assert loaded.verdict.status == "INCONCLUSIVE"
