@@ -169,7 +169,7 @@ class Verdict(Config):
 
 # %% ../nbs/06_verdict.ipynb #6a66d768
 MAX_FAITHFULNESS = 1e-3  # mean squared weight error
-MAX_SUM_RECON = 0.005  # error of the summed components, share of the zero-masked error
+MAX_SUM_RECON = {"unmasked": 0.005, "alive": 0.015}  # error of summed components, share of the zero-masked error
 MIN_MMCS, MIN_COSINE, RATIO_TOL, SLOPE_TOL = 0.999, 0.99, 0.1, 0.1
 L0_RANGE = (0.6, 1.15)  # of the mean number of active features; faint ones may go unnoticed
 
@@ -187,7 +187,7 @@ def _general_criteria(numbers: dict[str, Any], max_recon: float) -> list[Criteri
     found = [
         _criterion("faithfulness", numbers["faithfulness"], lambda v: v <= MAX_FAITHFULNESS, f"≤ {MAX_FAITHFULNESS:g}")
     ]
-    limits = {"unmasked": MAX_SUM_RECON, "alive": MAX_SUM_RECON} | dict.fromkeys(("ci", "rounded", "stochastic"), max_recon)
+    limits = MAX_SUM_RECON | dict.fromkeys(("ci", "rounded", "stochastic"), max_recon)
     for mask, limit in limits.items():
         share = recon[mask] / recon["zero"] if recon["zero"] > 0 else math.nan
         small = lambda v, limit=limit: v <= limit

@@ -198,7 +198,7 @@ PRESETS: dict[str, dict[int, DecomposeConfig]] = {
         3: _preset(500, 500, 5e-6, lr={"start": 1e-3}, steps=200_000, ci_fn={"hidden": (128,)}, **_PAPER),
     },
     "default": {
-        1: _preset(200, 100, 2e-5, lr={"start": 4e-3, "fn": "cosine"}, **_OURS),
+        1: _preset(200, 100, 2e-5, lr={"start": 4e-3, "fn": "cosine"}, **_OURS | {"steps": 20_000}),
         2: _preset(200, 50, 3e-5, lr={"start": 2e-3, "fn": "cosine"}, **_OURS),
         3: _preset(204, 34, 3e-5, lr={"start": 2e-3, "fn": "cosine"}, **_OURS),
     },

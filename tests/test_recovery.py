@@ -1,0 +1,31 @@
+"""The method on known ground truth, at full length: minutes, so `make test-all` only."""
+
+import pytest
+
+from spd.decompose import decompose
+from spd.experiments import resid_mlp, tms
+from spd.runs import trained_target
+
+
+@pytest.mark.slow
+def test_tms_5_2_is_found(tmp_path):
+    config = tms.PRESETS["default"]["tms_5-2"]
+    target = trained_target(tms.TMS, tms.TARGETS["tms_5-2"], tms.train_tms, tms.check_tms)
+    truth = tms.ground_truth(target.config)
+    run = decompose(target, target.config.data(), config, truth, out_dir=tmp_path, progress=False)
+    assert run.verdict.status == "PASS", run.verdict
+
+
+@pytest.mark.slow
+def test_every_resid_mlp_target_passes_its_check():
+    for layers, config in resid_mlp.TARGETS.items():
+        target = trained_target(
+            resid_mlp.ResidMLP, config, resid_mlp.train_resid_mlp, resid_mlp.check_resid_mlp, tries=1
+        )
+        assert len(target.layers) == layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["tms_40-10", "tms_40-10-id"])
+def test_tms_40_10_targets_pass_their_check(which):
+    trained_target(tms.TMS, tms.TARGETS[which], tms.train_tms, tms.check_tms)
