@@ -16,14 +16,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .components import ComponentModel, form, match_modules
 from .config import DecomposeConfig, make_generator
 from .importance import CIFunctions
 from .losses import draw_step_noise, faithfulness, merge_zeros, step_losses, zero_is_silent
 from .metrics import ci_l0
-from .runs import RunFolder, build_target, describe_target, logger
+from .runs import RunFolder, build_target, describe_target, logger, progress_bar
 from .verdict import GroundTruth, Verdict, judge, measure
 
 # %% ../nbs/09_decompose.ipynb #1ec1982b
@@ -270,7 +269,7 @@ def train(parts: Decomposition, data: Callable, config: DecomposeConfig, recorde
     components, ci_params = list(parts.model.components.parameters()), list(parts.ci_fns.parameters())
     warm_up(parts.model, config)
     optimizer = torch.optim.AdamW([*components, *ci_params], lr=config.lr.start, weight_decay=0.0, fused=True)
-    bar = tqdm(range(config.steps), disable=not progress, mininterval=2, unit="step", dynamic_ncols=True)
+    bar = progress_bar(config.steps, show=progress)
     step = 0
     recorder.save(step)  # from here on the folder can be loaded, whatever happens
     try:

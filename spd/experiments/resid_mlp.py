@@ -15,11 +15,11 @@ import torch.nn.functional as F
 import yaml
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..components import Product, WideLinear
 from ..config import Config, DecomposeConfig, Schedule, SparseFeatures, make_generator
 from ..losses import merge_zeros, weighted_mean
+from ..runs import progress_bar
 from ..verdict import GroundTruth
 
 # %% ../../nbs/10_resid_mlp.ipynb #595a8e9b
@@ -145,7 +145,7 @@ def train_resid_mlp(target: ResidMLP) -> None:
     config, data = target.config, target.config.data()
     generator = make_generator(config.seed, "target data")
     optimizer = torch.optim.AdamW(target.parameters(), lr=config.lr.start, weight_decay=0.01)
-    for step in tqdm(range(config.steps), desc="training the target", mininterval=2):
+    for step in progress_bar(config.steps, "training the target"):
         optimizer.param_groups[0]["lr"] = config.lr(step, config.steps)
         x, weight = merge_zeros(data(config.batch_size, generator))
         loss = weighted_mean((target(x) - labels(x)).square().mean(-1), weight)

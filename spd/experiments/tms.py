@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..components import TransposedLinear
 from ..config import Config, DecomposeConfig, SparseFeatures, make_generator
 from .resid_mlp import ToyParameters
 from ..losses import merge_zeros, weighted_mean
+from ..runs import progress_bar
 from ..verdict import GroundTruth
 
 # %% ../../nbs/11_tms.ipynb #1a77a431
@@ -78,7 +78,7 @@ def train_tms(target: TMS) -> None:
     generator = make_generator(config.seed, "target data")
     params = [q for q in target.parameters() if q.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=config.lr, weight_decay=0.01)
-    for _ in tqdm(range(config.steps), desc="training the target", mininterval=2):
+    for _ in progress_bar(config.steps, "training the target"):
         x, weight = merge_zeros(data(config.batch_size, generator))
         loss = weighted_mean((target(x) - x).square().mean(-1), weight)
         optimizer.zero_grad()
