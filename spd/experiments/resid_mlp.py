@@ -50,11 +50,12 @@ class ToyParameters(Config):
     ) -> DecomposeConfig:
         "The preset with everything that was given put in."
         C = {m: self.C for m in config.modules} if isinstance(self.C, int) else self.C
+        fixed = {} if self.p is None else {"losses__importance_minimality__final_p": None}  # p then holds for the whole run
         given = {
             "modules": C, "steps": self.steps, "batch_size": self.batch_size, "lr__start": self.lr, "seed": self.seed,
             "losses__importance_minimality__coeff": self.importance_coeff, "losses__importance_minimality__p": self.p,
         }  # fmt: skip
-        return config.replace(**{k: v for k, v in given.items() if v is not None})
+        return config.replace(**{k: v for k, v in given.items() if v is not None}, **fixed)
 
     def find_device(self) -> str:
         "The device to run on; an error if it is asked for and not there."
@@ -180,27 +181,30 @@ def check_resid_mlp(target: ResidMLP) -> str | None:
     return None
 
 # %% ../../nbs/10_resid_mlp.ipynb #67c0b5a7
-def _preset(C_in: int, C_out: int, imp: float, **more) -> DecomposeConfig:
+def _preset(C_in: int, C_out: int, imp: dict, **more) -> DecomposeConfig:
     losses = {"faithfulness": 1.0, "stochastic_recon": 1.0, "stochastic_recon_layerwise": 1.0}
     return DecomposeConfig.model_validate({
         "modules": {"layers.*.mlp_in": C_in, "layers.*.mlp_out": C_out},
-        "losses": losses | {"importance_minimality": {"coeff": imp, "p": 2.0}},
+        "losses": losses | {"importance_minimality": imp},
         "batch_size": 2048,
     } | more)  # fmt: skip
 
 
 _PAPER = {"init": "projected", "use_delta_component": False}
 _OURS = {"faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "batch_size": 512, "steps": 12_000}
+_ANNEALED = {"coeff": 2.5e-5, "p": 4.0, "final_p": 1.0, "anneal_end": 0.9}
 PRESETS: dict[str, dict[int, DecomposeConfig]] = {
     "paper": {
-        1: _preset(100, 100, 1e-5, lr={"start": 2e-3}, steps=30_000, **_PAPER),
-        2: _preset(400, 400, 1e-5, lr={"start": 1e-3}, steps=50_000, **_PAPER),
-        3: _preset(500, 500, 5e-6, lr={"start": 1e-3}, steps=200_000, ci_fn={"hidden": (128,)}, **_PAPER),
+        1: _preset(100, 100, {"coeff": 1e-5, "p": 2.0}, lr={"start": 2e-3}, steps=30_000, **_PAPER),
+        2: _preset(400, 400, {"coeff": 1e-5, "p": 2.0}, lr={"start": 1e-3}, steps=50_000, **_PAPER),
+        3: _preset(
+            500, 500, {"coeff": 5e-6, "p": 2.0}, lr={"start": 1e-3}, steps=200_000, ci_fn={"hidden": (128,)}, **_PAPER
+        ),
     },
     "default": {
-        1: _preset(200, 100, 2e-5, lr={"start": 4e-3, "fn": "cosine"}, **_OURS | {"steps": 20_000}),
-        2: _preset(200, 50, 3e-5, lr={"start": 2e-3, "fn": "cosine"}, **_OURS),
-        3: _preset(204, 34, 3e-5, lr={"start": 2e-3, "fn": "cosine"}, **_OURS),
+        1: _preset(200, 100, _ANNEALED, lr={"start": 4e-3, "fn": "cosine"}, **_OURS),
+        2: _preset(200, 50, _ANNEALED, lr={"start": 2e-3, "fn": "cosine"}, **_OURS),
+        3: _preset(204, 34, _ANNEALED, lr={"start": 2e-3, "fn": "cosine"}, **_OURS),
     },
 }
 TARGETS = {
@@ -220,7 +224,7 @@ def ground_truth(config: ResidMLPConfig) -> GroundTruth:
         blocks=tuple(blocks),
         feature_probability=config.feature_probability,
         min_correlation=0.999 if config.n_layers == 1 else 0.998,
-        max_recon=0.2,  # features share neurons, so masking some always costs a little
+        max_recon=0.3,  # masking costs something where features share neurons: the target's own error is about 0.5
     )
 
 
