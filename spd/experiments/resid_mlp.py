@@ -37,6 +37,7 @@ class ToyParameters(Config):
     seed: int = Field(default=0, ge=0)
     target_seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int = Field(default=1, ge=1)
     out_dir: str | None = None
 
     @field_validator("C", mode="before")
@@ -58,7 +59,8 @@ class ToyParameters(Config):
         return config.replace(**{k: v for k, v in given.items() if v is not None}, **fixed)
 
     def find_device(self) -> str:
-        "The device to run on; an error if it is asked for and not there."
+        "The device to run on, with the CPU threads set; an error if it is asked for and not there."
+        torch.set_num_threads(self.threads)
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         if self.device == "auto":
             return "cuda" if found["cuda"] else "cpu"
