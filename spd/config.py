@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ConfigT', 'unknown_names', 'Config', 'Schedule', 'ImportanceMinimality', 'Losses', 'CIFn', 'FaithfulnessWarmup',
-           'DecomposeConfig', 'make_generator', 'SparseFeatures', 'assigned_names', 'parameter_names',
-           'read_parameters']
+           'MiracleDistance', 'DecomposeConfig', 'make_generator', 'SparseFeatures', 'assigned_names',
+           'parameter_names', 'read_parameters']
 
 # %% ../nbs/00_config.ipynb #68683285
 import ast
@@ -168,6 +168,19 @@ class FaithfulnessWarmup(Config):
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay of the warm-up")
 
 # %% ../nbs/00_config.ipynb #945cf2f4
+class MiracleDistance(Config):
+    "Targets of the composite metric that compares runs: reconstruction, sparsity and dead components in one number."
+
+    target_mse: float = Field(default=0.015, gt=0, description="reconstruction error to aim at")
+    target_sparsity: float = Field(default=15.0, gt=0, description="mean number of active components (L0) to aim at")
+    target_dead_pct: float = Field(default=5.0, gt=0, description="percentage of dead components to aim at")
+    mse_weight: float = Field(default=1.0, ge=0, description="weight of the reconstruction error")
+    sparsity_weight: float = Field(default=1.0, ge=0, description="weight of the L0")
+    dead_weight: float = Field(default=1.0, ge=0, description="weight of the dead components")
+    floor: float | None = Field(default=0.1, gt=0, description="ratios to the target count at least this; None = no floor")
+    one_sided: tuple[Literal["mse", "sparsity", "dead"], ...] = Field(default=(), description="no penalty below the target")
+
+
 class DecomposeConfig(Config):
     "Everything `decompose` needs besides the target and the data."
 
@@ -191,6 +204,8 @@ class DecomposeConfig(Config):
     save_freq: int = Field(default=1000, ge=1, description="steps between checkpoints")
     eval_batch_size: int = Field(default=4096, ge=1, description="inputs per evaluation batch")
     n_eval_batches: int = Field(default=5, ge=1, description="batches per evaluation")
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept, besides the best one")
+    miracle: MiracleDistance = Field(default=MiracleDistance(), description="what the best checkpoint is chosen by")
     ci_alive_threshold: float = Field(default=0.1, ge=0, lt=1, description="a component counts as active above this CI")
 
     @model_validator(mode="after")
@@ -225,7 +240,7 @@ class SparseFeatures(Config):
         lo, hi = self.value_range
         used = [i for group in self.synced for i in group]
         ignored = "feature_probability" if self.mode == "exactly_k_active" else "k"
-        if ignored in self.model_fields_set:
+        if getattr(self, ignored) != type(self).model_fields[ignored].default:
             raise ValueError(f"{ignored} has no meaning in mode {self.mode!r}")
         if lo >= hi:
             raise ValueError(f"value_range needs low < high, got {self.value_range}")

@@ -4,25 +4,33 @@
 
 # %% auto #0
 __all__ = ['Decomposition', 'Streams', 'InputKind', 'batch_losses', 'warm_up', 'grad_norm', 'clip', 'check_sites',
-           'estimate_step_seconds', 'duration', 'Run', 'flat', 'Recorder', 'decompose', 'train', 'load_run']
+           'estimate_step_seconds', 'duration', 'TrainState', 'StopWish', 'Run', 'Recorder', 'plain', 'validation_row',
+           'decompose', 'make_optimizer', 'train', 'load_run']
 
 # %% ../nbs/09_decompose.ipynb #ed3a3929
+import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import safetensors.torch
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .components import ComponentModel, form, match_modules
-from .config import DecomposeConfig, make_generator
+from .config import DecomposeConfig, MiracleDistance, make_generator
 from .importance import CIFunctions
 from .losses import draw_step_noise, faithfulness, merge_zeros, step_losses, zero_is_silent
-from .metrics import ci_l0
-from .runs import RunFolder, build_target, describe_target, logger, progress_bar
+from .metrics import ci_l0, compute_miracle_distance
+from .run_data import find_run
+from .runs import RunFolder, flat, logger, progress_bar
+from .targets import describe, rebuild
+from .tracking import Tracking, check_key, start_mirror
 from .verdict import GroundTruth, Verdict, judge, measure
 
 # %% ../nbs/09_decompose.ipynb #1ec1982b
@@ -148,16 +156,76 @@ def duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
+# %% ../nbs/09_decompose.ipynb #f7ee0ca9
+@dataclass
+class TrainState:
+    "All that changes while a run trains."
+
+    parts: Decomposition
+    optimizer: torch.optim.Optimizer
+    streams: Streams
+    step: int = 0  # updates done
+    best: float = math.inf  # smallest miracle distance so far
+
+    def tensors(self) -> dict[str, Tensor]:
+        "Everything but the numbers, by name."
+        found = {f"parts.{k}": v for k, v in self.parts.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        return found | {f"streams.{k}": g.get_state() for k, g in vars(self.streams).items()}
+
+    def numbers(self) -> dict[str, Any]:
+        "The rest."
+        return {"step": self.step, "best": None if math.isinf(self.best) else self.best}
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        "Become what `tensors` and `numbers` say."
+        part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.parts.load_state_dict(part("parts."))
+        state: dict[int, dict[str, Tensor]] = {}
+        for k, v in part("optimizer.").items():
+            i, name = k.split(".")
+            state.setdefault(int(i), {})[name] = v
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for k, generator in vars(self.streams).items():
+            generator.set_state(tensors[f"streams.{k}"])
+        self.step, self.best = numbers["step"], math.inf if numbers["best"] is None else numbers["best"]
+
+# %% ../nbs/09_decompose.ipynb #66a49374
+class StopWish:
+    "Turns SIGINT and SIGTERM into a wish, `.signal`, while in context."
+
+    signal: str | None = None  # name of the signal
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()  # only there can signals be handled
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        name = signal.Signals(number).name
+        if name == self.signal == "SIGINT":
+            raise KeyboardInterrupt("Ctrl-C twice: stopped in mid-step, the last checkpoint stays")
+        self.signal = self.signal or name
+
 # %% ../nbs/09_decompose.ipynb #79c73f86
 @dataclass
 class Run:
     "A finished (or loaded) run."
 
-    path: Path
+    folder: RunFolder
     config: DecomposeConfig
     parts: Decomposition
     numbers: dict[str, Any] = field(repr=False)  # the last evaluation, from `measure` (its tensors not after loading)
     verdict: Verdict
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
 
     @property
     def model(self) -> ComponentModel:
@@ -170,7 +238,18 @@ class Run:
     @property
     def rows(self) -> list[dict[str, Any]]:
         "Logged metrics."
-        return RunFolder(self.path).rows()
+        return self.folder.rows()
+
+    def figure(self, name: str, fig: Figure) -> Figure:
+        "Keep a figure in the run folder (and its mirror) and give it back for display."
+        self.folder.figure(name, fig)
+        return fig
+
+    def finish(self) -> Self:
+        "Nothing more will be added: a W&B mirror is sent and closed. Gives the run back for display."
+        if self.folder.mirror is not None:
+            self.folder.mirror.finish()
+        return self
 
     def _repr_mimebundle_(self, **_) -> dict[str, Any]:
         "What a notebook shows, and what `spd.jobs` finds in an executed notebook."
@@ -179,54 +258,71 @@ class Run:
         record = {"path": str(self.path), "verdict": self.verdict.model_dump(mode="json")}
         return {"text/plain": text, "text/markdown": markdown, "application/vnd.spd.run+json": record}
 
-
-def flat(numbers: dict[str, Any], prefix: str = "eval") -> dict[str, Any]:
-    "Nested numbers as one metrics row: `eval/recon/ci`, `eval/l0/linear1`, ..."
-    row = {}
-    for k, v in numbers.items():
-        if isinstance(v, dict) and k != "_tensors":
-            row |= flat(v, f"{prefix}/{k}")
-        elif k != "_tensors":
-            row[f"{prefix}/{k}"] = v
-    return row
-
 # %% ../nbs/09_decompose.ipynb #37dbe579
 class Recorder:
     "Everything a run writes down while it trains."
 
-    def __init__(self, folder: RunFolder, parts, data, config, truth):
-        self.folder, self.parts, self.data, self.config, self.truth = folder, parts, data, config, truth
+    def __init__(self, folder: RunFolder, state: TrainState, data, config: DecomposeConfig, truth: GroundTruth | None):
+        self.folder, self.state, self.data, self.config, self.truth = folder, state, data, config, truth
 
-    def train_row(self, step: int, losses, ci, weight, norms, lr: float) -> dict[str, float]:
-        "Log losses, L0, gradient norms and learning rate; stop at a loss that is not finite."
+    def train_row(self, losses, ci, weight, norms, lr: float) -> dict[str, float]:
+        "Losses, L0, gradient norms and learning rate."
         row = {f"train/loss/{n}": v.item() for n, v in losses.items()}
         row |= {f"train/l0/{n}": ci_l0(g, self.config.ci_alive_threshold, weight) for n, g in ci.items()}
-        row |= {f"train/grad_norms/{n}": v.item() for n, v in norms.items()} | {"train/schedules/lr": lr}
-        self.folder.log(step, row)
-        if bad := [n for n, v in losses.items() if not torch.isfinite(v)]:
-            raise FloatingPointError(f"{', '.join(bad)} not finite at step {step}; try a lower lr or clipped gradients")
-        return row
+        return row | {f"train/grad_norms/{n}": v.item() for n, v in norms.items()} | {"train/schedules/lr": lr}
 
-    def check_finite(self, step: int) -> None:
+    def log(self, row: dict[str, float]) -> None:
+        "Write the row of this step; stop at a loss that is not finite."
+        self.folder.log(self.state.step, row)
+        if bad := [n for n, v in row.items() if n.startswith("train/loss/") and not math.isfinite(v)]:
+            raise self._not_finite(", ".join(bad))
+
+    def _not_finite(self, what: str) -> FloatingPointError:
+        return FloatingPointError(f"{what} not finite at step {self.state.step}; try a lower lr or clipped gradients")
+
+    def check_finite(self) -> None:
         "Stop a run whose parameters are no longer numbers, before it spoils a checkpoint or an evaluation."
-        if bad := [n for n, p in self.parts.named_parameters() if not torch.isfinite(p).all()]:
-            raise FloatingPointError(f"{bad[0]} not finite at step {step}; try a lower lr or clipped gradients")
+        if bad := [n for n, p in self.state.parts.named_parameters() if not torch.isfinite(p).all()]:
+            raise self._not_finite(bad[0])
 
-    def evaluate(self, step: int) -> dict[str, Any]:
-        "Measure on the evaluation stream, which starts anew each time: evaluations are comparable."
-        self.check_finite(step)
-        c, device = self.config, next(self.parts.parameters()).device
+    def evaluate(self) -> tuple[dict[str, Any], dict[str, float]]:  # numbers of `measure`, row to log
+        "Measure on the evaluation stream, which starts anew each time: evaluations are comparable. Keep the best state."
+        self.check_finite()
+        c, parts = self.config, self.state.parts
         numbers = measure(
-            self.parts.model, self.parts.ci_fns, self.data, make_generator(c.seed, "eval", device), self.truth,
+            parts.model, parts.ci_fns, self.data, make_generator(c.seed, "eval", next(parts.parameters()).device), self.truth,
             c.eval_batch_size, c.n_eval_batches, c.ci_alive_threshold, kind=c.output_loss, delta=c.use_delta_component,
         )  # fmt: skip
-        self.folder.log(step, flat(numbers))
-        return numbers
+        row = validation_row(numbers, parts.Cs, c.miracle)
+        if row["val/miracle_distance"] < self.state.best:
+            self.state.best = row["val/miracle_distance"]
+            self.save(keep=None)
+        return numbers, flat({"eval": plain(numbers)}) | row
 
-    def save(self, step: int) -> None:
-        "Write a checkpoint after `step` updates."
-        self.check_finite(step)
-        self.folder.save(step, self.parts.state_dict())
+    def save(self, keep: int | None) -> None:
+        "Write a checkpoint: one of the newest `keep`, or (None) the best one."
+        self.check_finite()
+        self.folder.save(self.state.step, self.state.tensors(), self.state.numbers(), keep)
+
+
+def plain(numbers: dict[str, Any]) -> dict[str, Any]:
+    "`numbers` without their tensors."
+    return {k: v for k, v in numbers.items() if k != "_tensors"}
+
+
+def validation_row(
+    numbers: dict[str, Any],  # from `measure`
+    Cs: dict[str, int],  # site -> number of components
+    targets: MiracleDistance,
+) -> dict[str, float]:
+    "Error with CI masks, mean CI-L0 per site, dead components, and their composite distance."
+    dead, total = sum(Cs.values()) - sum(numbers["n_alive"].values()), sum(Cs.values())
+    sparsity = sum(numbers["l0"].values()) / len(numbers["l0"])
+    distance = compute_miracle_distance(numbers["recon"]["ci"], sparsity, 100 * dead / total, targets)
+    return {
+        "val/mse_loss": numbers["recon"]["ci"], "val/mean_sparsity": sparsity, "val/dead_neurons": dead,
+        "val/dead_neuron_pct": 100 * dead / total, "val/miracle_distance": distance, "val_miracle_distance": distance,
+    }  # fmt: skip
 
 
 def decompose(
@@ -237,81 +333,101 @@ def decompose(
     name: str = "run",  # start of the run folder's name
     out_dir: str | Path | None = None,  # where run folders go; None = `runs_root()`
     device: str = "cpu",  # "cpu", "cuda", "mps"
-    extra: dict[str, Any] | None = None,  # what else config.yaml should record, e.g. the experiment and its preset
+    extra: dict[str, Any] | None = None,  # what else to record, e.g. the experiment, its notebook and parameters
+    tracking: Tracking | None = None,  # a mirror at W&B; None = none
+    resume: str | Path | None = None,  # a run folder to go on with; target and config must be the same
     progress: bool = True,  # print the estimated cost and show a progress bar
 ) -> Run:
     "Decompose `target` on `data` (SPD paper, section 2)."
+    tracking = tracking or Tracking()
     check_sites(target, config, truth)
+    if tracking.wandb_mode == "online":
+        check_key()
     parts = Decomposition(target, config).to(device)
-    record = {"decompose": config.model_dump(mode="json"), "target": describe_target(target), **(extra or {})}
-    if truth is not None:
-        record["truth"] = truth.model_dump(mode="json")
+    record = {"decompose": config.model_dump(mode="json"), "target": describe(target), "data": describe(data)}
+    record["truth"] = truth and truth.model_dump(mode="json")
+    if resume := resume or os.environ.pop("SPD_RESUME", None):
+        folder = RunFolder(resume).reopen(record)
+    else:
+        seeds = {"decompose": config.seed, "target": getattr(getattr(target, "config", None), "seed", None)}
+        beside = {"device": device, "seeds": seeds, "tracking": tracking.model_dump(mode="json")} | (extra or {})
+        folder = RunFolder.create(name, record, out_dir, beside)
     seconds = estimate_step_seconds(parts, data, config)
-    with RunFolder.create(name, record, out_dir) as folder:
+    state = TrainState(parts, make_optimizer(parts, config), Streams.of(config.seed, device))
+    with folder:
+        start_mirror(folder, tracking, [parts.model, parts.ci_fns])
+        if folder.checkpoints():
+            state.restore(*folder.load())
         if progress:
-            cost = f"{config.steps} steps x {seconds * 1e3:.3g} ms = about {duration(config.steps * seconds)}"
+            left = config.steps - state.step
+            cost = f"{left} steps x {seconds * 1e3:.3g} ms = about {duration(left * seconds)}"
             print(f"{cost} on {device} ({torch.get_num_threads()} threads)\nRun folder: {folder.path}", flush=True)
-        recorder = Recorder(folder, parts, data, config, truth)
-        train(parts, data, config, recorder, progress)
-        numbers = recorder.evaluate(config.steps)
+        recorder = Recorder(folder, state, data, config, truth)
+        train(state, data, config, recorder, progress)
+        numbers, row = recorder.evaluate()
+        recorder.log(row)
         verdict = judge(numbers, truth)
-        plain = {k: v for k, v in numbers.items() if k != "_tensors"}
-        folder.write_summary(plain, verdict.model_dump(mode="json"))
+        folder.write_summary(plain(numbers), verdict.model_dump(mode="json"))
         logger.info("%s", verdict)
-    return Run(folder.path, config, parts, numbers, verdict)
+    return Run(folder, config, parts, numbers, verdict)
 
 # %% ../nbs/09_decompose.ipynb #349167ba
-def train(parts: Decomposition, data: Callable, config: DecomposeConfig, recorder: Recorder, progress: bool) -> None:
-    "The training loop: `config.steps` updates of all components and causal-importance functions."
-    device = next(parts.parameters()).device
-    streams = Streams.of(config.seed, device)
-    kind = InputKind.of(parts.model, data(2, make_generator(config.seed, "kind", device)))
+def make_optimizer(parts: Decomposition, config: DecomposeConfig) -> torch.optim.Optimizer:
+    "AdamW over all components and causal-importance functions."
+    params = [*parts.model.components.parameters(), *parts.ci_fns.parameters()]
+    return torch.optim.AdamW(params, lr=config.lr.start, weight_decay=0.0, fused=True)
+
+
+def train(state: TrainState, data: Callable, config: DecomposeConfig, recorder: Recorder, progress: bool) -> None:
+    "The training loop: updates of all components and causal-importance functions, up to `config.steps`."
+    parts, optimizer = state.parts, state.optimizer
+    kind = InputKind.of(parts.model, data(2, make_generator(config.seed, "kind", state.streams.data.device)))
     components, ci_params = list(parts.model.components.parameters()), list(parts.ci_fns.parameters())
-    warm_up(parts.model, config)
-    optimizer = torch.optim.AdamW([*components, *ci_params], lr=config.lr.start, weight_decay=0.0, fused=True)
-    bar = progress_bar(config.steps, show=progress)
-    step = 0
-    recorder.save(step)  # from here on the folder can be loaded, whatever happens
-    try:
+    with StopWish() as wish:
+        if not recorder.folder.checkpoints():
+            warm_up(parts.model, config)
+            recorder.save(config.keep_checkpoints)  # from here on the folder can be loaded, whatever happens
+        bar = progress_bar(config.steps, show=progress, start=state.step)
         for step in bar:
-            if step % config.eval_freq == 0:
-                recorder.evaluate(step)
+            row = recorder.evaluate()[1] if step % config.eval_freq == 0 else {}
             lr = optimizer.param_groups[0]["lr"] = config.lr(step, config.steps)
-            losses, ci, weight = batch_losses(parts, data, config, step, streams, kind)
+            losses, ci, weight = batch_losses(parts, data, config, step, state.streams, kind)
             optimizer.zero_grad()
             losses["total"].backward()
             if step % config.log_freq == 0:
                 norms = {"components": grad_norm(components), "ci_fns": grad_norm(ci_params)}
-                row = recorder.train_row(step, losses, ci, weight, norms, lr)
+                row |= recorder.train_row(losses, ci, weight, norms, lr)
                 l0 = sum(v for k, v in row.items() if k.startswith("train/l0/"))
                 bar.set_postfix(loss=f"{row['train/loss/total']:.2e}", L0=f"{l0:.1f}", refresh=False)
+            if row:
+                recorder.log(row)
             clip(components, config.grad_clip_components)
             clip(ci_params, config.grad_clip_ci_fns)
             optimizer.step()
-            if (step + 1) % config.save_freq == 0:
-                recorder.save(step + 1)
-    except KeyboardInterrupt:
-        recorder.save(step)
-        raise
-    recorder.save(config.steps)
+            state.step = step + 1
+            if state.step % config.save_freq == 0 or state.step == config.steps or wish.signal:
+                recorder.save(config.keep_checkpoints)
+            if wish.signal:
+                go_on = f"to go on: spd-run --resume {recorder.folder.path}"
+                raise KeyboardInterrupt(f"{wish.signal} after step {state.step}; {go_on}")
 
 # %% ../nbs/09_decompose.ipynb #ebc3e5f1
 def load_run(
-    path: str | Path,  # a run folder
+    path: str | Path,  # a run folder, or a run at W&B: `wandb:ENTITY/PROJECT/runs/ID`
     target: nn.Module | None = None,  # needed only if the target has no config to rebuild it from
-) -> Run:  # with the weights of the last checkpoint
+    checkpoint: str | int = "last",  # "last", "best" or a step
+) -> Run:
     "Load a run from its folder."
-    folder = RunFolder(path)
+    folder = RunFolder(find_run(path))
     record = folder.config()
-    if not folder.checkpoints():
-        raise FileNotFoundError(f"{path} has no checkpoint")
     if target is None:
         if record["target"] is None:
             raise ValueError(f"the target of {path} was not built from a config; pass it as `target`")
-        target = build_target(record["target"])
+        target = rebuild(record["target"])
+    assert isinstance(target, nn.Module)
     config = DecomposeConfig.model_validate(record["decompose"])
     parts = Decomposition(target, config)
-    parts.load_state_dict(safetensors.torch.load_file(folder.checkpoints()[-1]))
+    parts.load_state_dict(folder.load(checkpoint, "parts.")[0])
     unfinished = {"numbers": {}, "verdict": {"status": "INCONCLUSIVE", "criteria": ()}}
     summary = folder.summary() or unfinished
-    return Run(folder.path, config, parts, summary["numbers"], Verdict.model_validate(summary["verdict"]))
+    return Run(folder, config, parts, summary["numbers"], Verdict.model_validate(summary["verdict"]))

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ci_l0', 'alive', 'match_columns', 'dense_order', 'identity_ci_error', 'dense_ci_error', 'ColumnMatch',
            'match_features', 'neuron_contributions', 'component_contributions', 'correlation', 'slope',
-           'recon_under_masks', 'ci_tables']
+           'recon_under_masks', 'ci_tables', 'composite_distance', 'compute_miracle_distance']
 
 # %% ../nbs/05_metrics.ipynb #2e767fb8
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .components import ComponentModel
+from .config import MiracleDistance
 from .losses import output_divergence, weighted_mean
 from .masks import ci_masks, draw_noise, random_masks, rounded_masks, stochastic_masks, unmasked, zero_masks
 
@@ -182,3 +184,36 @@ def ci_tables(
     "Lower-leaky causal importances with one feature on at a time."
     device = next(model.parameters()).device
     return ci_fns(model, model.clean(magnitude * torch.eye(n_features, device=device))[1]).lower
+
+# %% ../nbs/05_metrics.ipynb #5d90c625
+def composite_distance(
+    values: Sequence[float],  # v, none negative
+    targets: Sequence[float],  # t, positive
+    weights: Sequence[float],  # w
+    floor: float | None = 0.1,  # φ; None = no floor, and then 0 is infinitely far away
+    one_sided: Sequence[bool] = (),  # where values below the target cost nothing
+) -> float:  # D; infinity if a value is negative or no finite number
+    "Weighted distance of positive quantities from their targets, in log ratios."
+    if any(t <= 0 for t in targets):
+        raise ValueError(f"targets must be positive, got {list(targets)}")
+    if not all(math.isfinite(v) and v >= 0 for v in values):
+        return math.inf
+    total = 0.0
+    for v, t, w, free_below in zip(values, targets, weights, one_sided or [False] * len(values), strict=True):
+        ratio = max(v / t, 1.0 if free_below else (floor or 0.0))
+        total += w * (math.log(ratio) ** 2 if ratio > 0 else math.inf) if w else 0.0
+    return math.sqrt(total)
+
+
+def compute_miracle_distance(
+    mse_loss: float,  # reconstruction error
+    mean_sparsity: float,  # L0: mean number of active components
+    dead_pct: float,  # percentage of dead components, 0 to 100
+    config: MiracleDistance,
+) -> float:
+    "Composite distance of reconstruction, L0 and dead percentage from the targets in `config`."
+    c = config
+    return composite_distance(
+        (mse_loss, mean_sparsity, dead_pct), (c.target_mse, c.target_sparsity, c.target_dead_pct),
+        (c.mse_weight, c.sparsity_weight, c.dead_weight), c.floor, [k in c.one_sided for k in ("mse", "sparsity", "dead")],
+    )  # fmt: skip

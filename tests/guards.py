@@ -45,6 +45,12 @@ def number(nb: Path) -> int | None:
     return int(found[0]) if found else None
 
 
+def label(nb: Path) -> str | None:
+    """Its number with a letter, if it has one: 08 < 08b < 08c < 09."""
+    found = re.match(r"\d+[a-z]?(?=_)", nb.name)
+    return found[0] if found else None
+
+
 def read_cells(nb: Path) -> list[dict]:
     cells = json.loads(nb.read_text(encoding="utf-8"))["cells"]
     return [{**cell, "source": "".join(cell["source"])} for cell in cells]
@@ -55,8 +61,8 @@ def code_cells(nb: Path) -> list[str]:
 
 
 def repeated_numbers(nbs: Path) -> list[str]:
-    counts = Counter(number(nb) for nb in notebooks(nbs))
-    return [f"{n} notebooks have the number {num:02}" for num, n in counts.items() if num is not None and n > 1]
+    counts = Counter(label(nb) for nb in notebooks(nbs))
+    return [f"{n} notebooks have the number {num}" for num, n in counts.items() if num is not None and n > 1]
 
 
 def parameter_cells(nbs: Path) -> list[str]:
@@ -107,9 +113,8 @@ def upward_imports(nbs: Path, lib: str = "spd") -> list[str]:
     return bad
 
 
-def rank(nb: Path) -> float:
-    num = number(nb)
-    return float("inf") if num is None else num
+def rank(nb: Path) -> str:
+    return label(nb) or "~"  # above all numbers
 
 
 def default_exports(nb: Path, lib: str) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 
 from spd.decompose import decompose
 from spd.experiments import resid_mlp, tms
-from spd.runs import trained_target
+from spd.targets import trained_target
 
 
 @pytest.mark.slow

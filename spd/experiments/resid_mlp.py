@@ -20,10 +20,11 @@ from ..components import Product, WideLinear
 from ..config import Config, DecomposeConfig, Schedule, SparseFeatures, make_generator
 from ..losses import merge_zeros, weighted_mean
 from ..runs import progress_bar
+from ..tracking import Tracking, check_key
 from ..verdict import GroundTruth
 
 # %% ../../nbs/10_resid_mlp.ipynb #595a8e9b
-class ToyParameters(Config):
+class ToyParameters(Tracking):
     "What the toys' notebooks have in common; None = from the preset."
 
     preset: Literal["default", "paper"] = "default"
@@ -57,6 +58,12 @@ class ToyParameters(Config):
             "losses__importance_minimality__coeff": self.importance_coeff, "losses__importance_minimality__p": self.p,
         }  # fmt: skip
         return config.replace(**{k: v for k, v in given.items() if v is not None}, **fixed)
+
+    def tracking(self) -> Tracking:
+        "Where the run is mirrored; `NoKey` if that needs a key and there is none."
+        if self.wandb_mode == "online":
+            check_key()
+        return Tracking(**{k: getattr(self, k) for k in Tracking.model_fields})
 
     def find_device(self) -> str:
         "The device to run on, with the CPU threads set; an error if it is asked for and not there."

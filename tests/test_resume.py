@@ -1,0 +1,149 @@
+"""A run killed anywhere and resumed ends as one that was never killed: parameters, optimiser, random streams and rows."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from spd import jobs
+from spd.decompose import load_run
+from spd.runs import RunFolder, read_tensors
+
+STEPS = 200
+CHILD = f"""
+import os, signal, sys, time
+import spd.decompose, spd.runs, torch
+from spd.experiments.tms import PRESETS, TARGETS, TMS, ground_truth
+torch.set_num_threads(1)
+out, resume, die_in, die_at = sys.argv[1], sys.argv[2] or None, sys.argv[3], int(sys.argv[4])
+
+
+def dying(function):  # SIGKILL instead of the `die_at`-th call
+    calls = [0]
+
+    def call(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == die_at:
+            print("dying in", die_in, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return call
+
+
+if die_in == "a checkpoint's write":  # the file beside is written, and not yet moved to its place
+    save, os_replace = spd.runs.RunFolder.save, os.replace
+    spd.runs.os.replace = lambda a, b: dying_replace(a, b) if "step_" in str(b) else os_replace(a, b)
+    dying_replace = dying(os_replace)
+elif die_in == "an evaluation":
+    spd.decompose.measure = dying(spd.decompose.measure)
+elif die_in == "a step":
+    spd.decompose.batch_losses = dying(spd.decompose.batch_losses)
+elif die_in == "a row's write":
+    spd.runs.RunFolder.log = dying(spd.runs.RunFolder.log)
+config = PRESETS["default"]["tms_5-2"].replace(
+    steps={STEPS}, batch_size=64, log_freq=10, eval_freq=60, save_freq=25, eval_batch_size=256
+)
+target = TMS(TARGETS["tms_5-2"])
+spd.decompose.decompose(
+    target, target.config.data(), config, ground_truth(target.config), out_dir=out, resume=resume, progress=False
+)
+"""
+
+
+def child(out: Path, resume: Path | str = "", die_in: str = "", die_at: int = 0) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", CHILD, str(out), str(resume), die_in, str(die_at)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def rows(run: RunFolder) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "_time"} for row in run.rows()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> RunFolder:
+    out = tmp_path_factory.mktemp("straight")
+    assert child(out).returncode == 0
+    return RunFolder(next(out.iterdir()))
+
+
+@pytest.mark.parametrize(
+    "die_in, die_at, saved",
+    [
+        ("a step", 6 + 137, 125),  # six steps are timed before training
+        ("a step", 6 + 1, 0),
+        ("a checkpoint's write", 5, 75),
+        ("an evaluation", 3, 100),
+        ("a row's write", 14, 125),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(tmp_path, straight, die_in, die_at, saved):
+    killed = child(tmp_path, die_in=die_in, die_at=die_at)
+    assert killed.returncode == -signal.SIGKILL and "dying in" in killed.stdout
+    run = RunFolder(next(tmp_path.iterdir()))
+    assert run.status()["state"] == "killed"
+    assert run.checkpoints()[-1].stem == f"step_{saved:08d}"
+    before = rows(run)
+    done = child(tmp_path, resume=run.path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same_state(run, straight)
+    assert rows(run)[: len(before)] == before and rows(run) == rows(straight)
+    assert run.summary() == straight.summary() and run.status()["state"] == "finished"
+    assert not list(run.path.rglob("*.tmp"))
+
+
+def same_state(a: RunFolder, b: RunFolder) -> bool:
+    assert [p.name for p in a.checkpoints()] == [p.name for p in b.checkpoints()]
+    ours, theirs = read_tensors(a.checkpoints()[-1])[0], read_tensors(b.checkpoints()[-1])[0]
+    assert {k.split(".")[0] for k in ours} == {"parts", "optimizer", "streams"}
+    return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, straight):
+    child(tmp_path, die_in="a step", die_at=6 + 137)
+    run = RunFolder(next(tmp_path.iterdir()))
+    last = run.checkpoints()[-1]
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    done = child(tmp_path, resume=run.path)
+    assert f"{last.name} is damaged" in done.stderr and "using the checkpoint before it" in done.stderr
+    assert same_state(run, straight) and rows(run) == rows(straight)
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path):
+    child(tmp_path, die_in="a step", die_at=6 + 30)
+    run = RunFolder(next(tmp_path.iterdir()))
+    with run:  # now this process is at it
+        refused = child(tmp_path, resume=run.path)
+    assert refused.returncode == 1 and f"still running: process {os.getpid()}" in refused.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on(tmp_path, sent):
+    command = [sys.executable, "-m", "spd.jobs", "tms_5-2", "-p", "steps", "4000", "-p", "batch_size", "64"]
+    command = [sys.executable, "-c", f"import sys; from spd.jobs import main; sys.exit(main({command[3:]!r}))"]
+    env = os.environ | {"IN_TEST": "1", "SPD_RUNS": str(tmp_path), "SPD_CACHE": str(tmp_path / "cache")}
+    job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    lines = lambda: [x for f in tmp_path.glob("tms*/metrics.jsonl") for x in f.read_text().splitlines()]
+    while time.time() < deadline and len(lines()) < 4:
+        time.sleep(0.05)
+    job.send_signal(sent)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 130
+    (run,) = map(RunFolder, tmp_path.glob("tms*"))
+    assert f"spd-run --resume {run.path}" in said
+    assert run.status()["state"] == "interrupted" and "SIGINT after step" in run.status()["reason"]
+    stopped = load_run(run.path)
+    assert stopped.verdict.status == "INCONCLUSIVE" and 300 <= run.load()[1]["step"] < 4000
+    kept = (run.path / "notebook.ipynb").read_text()
+    assert "4000 steps x" in kept and "KeyboardInterrupt" in kept
+    assert jobs.main(["--resume", str(run.path)]) == 0
+    assert run.status()["state"] == "finished" and run.rows()[-1]["_step"] == 4000
+    assert (run.path / "notebook-1.ipynb").read_text() == kept
+    assert {f.name for f in (run.path / "figures").iterdir()} >= {"causal_importances.png", "history.png"}
