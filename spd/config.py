@@ -205,7 +205,7 @@ class DecomposeConfig(Config):
     eval_batch_size: int = Field(default=4096, ge=1, description="inputs per evaluation batch")
     n_eval_batches: int = Field(default=5, ge=1, description="batches per evaluation")
     keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept, besides the best one")
-    miracle: MiracleDistance = Field(default=MiracleDistance(), description="what the best checkpoint is chosen by")
+    miracle: MiracleDistance | None = Field(default=None, description="targets of the composite metric; None = not measured")
     ci_alive_threshold: float = Field(default=0.1, ge=0, lt=1, description="a component counts as active above this CI")
 
     @model_validator(mode="after")

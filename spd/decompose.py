@@ -16,10 +16,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .components import ComponentModel, form, match_modules
@@ -32,6 +31,9 @@ from .runs import RunFolder, flat, logger, progress_bar
 from .targets import describe, rebuild
 from .tracking import Tracking, check_key, start_mirror
 from .verdict import GroundTruth, Verdict, judge, measure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/09_decompose.ipynb #1ec1982b
 class Decomposition(nn.Module):
@@ -165,7 +167,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     streams: Streams
     step: int = 0  # updates done
-    best: float = math.inf  # smallest miracle distance so far
+    best: float = math.inf  # smallest miracle distance so far (without targets for it: error with CI masks)
 
     def tensors(self) -> dict[str, Tensor]:
         "Everything but the numbers, by name."
@@ -240,7 +242,7 @@ class Run:
         "Logged metrics."
         return self.folder.rows()
 
-    def figure(self, name: str, fig: Figure) -> Figure:
+    def figure(self, name: str, fig: "Figure") -> "Figure":
         "Keep a figure in the run folder (and its mirror) and give it back for display."
         self.folder.figure(name, fig)
         return fig
@@ -294,8 +296,9 @@ class Recorder:
             c.eval_batch_size, c.n_eval_batches, c.ci_alive_threshold, kind=c.output_loss, delta=c.use_delta_component,
         )  # fmt: skip
         row = validation_row(numbers, parts.Cs, c.miracle)
-        if row["val/miracle_distance"] < self.state.best:
-            self.state.best = row["val/miracle_distance"]
+        merit = row.get("val/miracle_distance", row["val/mse_loss"])
+        if merit <= self.state.best:
+            self.state.best = merit
             self.save(keep=None)
         return numbers, flat({"eval": plain(numbers)}) | row
 
@@ -313,16 +316,18 @@ def plain(numbers: dict[str, Any]) -> dict[str, Any]:
 def validation_row(
     numbers: dict[str, Any],  # from `measure`
     Cs: dict[str, int],  # site -> number of components
-    targets: MiracleDistance,
+    targets: MiracleDistance | None,
 ) -> dict[str, float]:
-    "Error with CI masks, mean CI-L0 per site, dead components, and their composite distance."
-    dead, total = sum(Cs.values()) - sum(numbers["n_alive"].values()), sum(Cs.values())
-    sparsity = sum(numbers["l0"].values()) / len(numbers["l0"])
-    distance = compute_miracle_distance(numbers["recon"]["ci"], sparsity, 100 * dead / total, targets)
-    return {
-        "val/mse_loss": numbers["recon"]["ci"], "val/mean_sparsity": sparsity, "val/dead_neurons": dead,
-        "val/dead_neuron_pct": 100 * dead / total, "val/miracle_distance": distance, "val_miracle_distance": distance,
-    }  # fmt: skip
+    "Error with CI masks (also as a share of ablating everything), mean CI-L0 of a site, dead components, their distance."
+    recon, total = numbers["recon"], sum(Cs.values())
+    share = recon["ci"] / recon["zero"] if recon["zero"] > 0 else math.nan
+    sparsity, dead = sum(numbers["l0"].values()) / len(Cs), total - sum(numbers["n_alive"].values())
+    row = {"mse_loss": recon["ci"], "mse_share": share, "mean_sparsity": sparsity, "dead_neurons": dead}
+    row = {f"val/{k}": v for k, v in row.items()} | {"val/dead_neuron_pct": 100 * dead / total}
+    if targets is None:
+        return row
+    distance = compute_miracle_distance(share, sparsity, 100 * dead / total, targets)
+    return row | {"val/miracle_distance": distance, "val_miracle_distance": distance}
 
 
 def decompose(

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from .components import ComponentModel
@@ -40,11 +39,17 @@ def alive(
     return (ci > threshold).flatten(0, -2).float().mean(0) > min_rate
 
 # %% ../nbs/05_metrics.ipynb #89e418e6
+def _best_pairs(table: Tensor):  # rows, columns
+    from scipy.optimize import linear_sum_assignment  # here, as importing it takes a third of a second
+
+    return linear_sum_assignment(table.detach().cpu().double().numpy(), maximize=True)
+
+
 def match_columns(
     table: Tensor,  # [n, C], n <= C
 ) -> Tensor:  # [C] column order
     "Order of columns that maximises the diagonal sum (Hungarian); unmatched columns follow in their own order."
-    _, cols = linear_sum_assignment(table.detach().cpu().double().numpy(), maximize=True)
+    _, cols = _best_pairs(table)
     rest = [c for c in range(table.shape[1]) if c not in set(cols.tolist())]
     return torch.tensor([*cols.tolist(), *rest], dtype=torch.long)
 
@@ -103,7 +108,7 @@ def match_features(
     columns = torch.einsum("jc,cd->jcd", V[:, is_alive], U[is_alive])  # [n_features, alive, d_out]
     norms, norm_W = columns.norm(dim=-1), W.norm(dim=0)
     cosine = torch.einsum("jcd,dj->jc", columns, W) / (norms * norm_W[:, None]).clamp(min=1e-12)
-    rows, cols = linear_sum_assignment(cosine.detach().cpu().double().numpy(), maximize=True)
+    rows, cols = _best_pairs(cosine)
     cosines, ratios = torch.zeros(2, W.shape[1])  # a feature without a partner keeps its zeros
     cosines[rows] = cosine.detach().cpu()[rows, cols]
     ratios[rows] = (norms.detach()[rows, cols] / norm_W[rows].clamp(min=1e-12)).cpu()

@@ -13,13 +13,15 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import pandas as pd
 import yaml
 
 from .runs import DamagedFile, RunFolder, UnknownSchema, cache_root, flat, plain_name, runs_root
 from .tracking import explained, read_wandb_log, wandb_api
+
+if TYPE_CHECKING:  # pandas is imported where it is used, so that training need not wait for it
+    import pandas as pd
 
 # %% ../nbs/08d_run_data.ipynb #73b2e75f
 class WandbPath(NamedTuple):
@@ -162,8 +164,10 @@ class RunData:
         return cls(f"wandb:{at}", config, dict(run.summary), list(rows), figures, kept, meta)
 
     @property
-    def history(self) -> pd.DataFrame:  # step, time, name, value: one line per logged number
+    def history(self) -> "pd.DataFrame":  # step, time, name, value: one line per logged number
         "The logged numbers in long format."
+        import pandas as pd
+
         found = [
             (row["_step"], row.get("_time", row.get("_timestamp")), k, float(v))
             for row in self.rows
@@ -203,8 +207,10 @@ def _at_wandb(project: str) -> list[dict[str, Any]]:
 def list_runs(
     root: str | Path | None = None,  # a folder of run folders, or `wandb:ENTITY/PROJECT`; None = `runs_root()`
     filters: dict[str, Any] | None = None,  # column or config key -> value or pattern, e.g. {"decompose/seed": 0, "run": "tms*"}
-) -> pd.DataFrame:  # run, state, verdict, step, train/loss/total, val/miracle_distance, reason, path
+) -> "pd.DataFrame":  # run, state, verdict, step, train/loss/total, val/miracle_distance, reason, path
     "A table of runs, newest first."
+    import pandas as pd
+
     if str(root).startswith("wandb:"):
         lines = _at_wandb(str(root).removeprefix("wandb:"))
     else:

@@ -27,7 +27,7 @@ from contextlib import suppress
 from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 import safetensors.torch
@@ -35,10 +35,12 @@ import torch
 import yaml
 from IPython.core.getipython import get_ipython
 from IPython.display import DisplayHandle
-from matplotlib.figure import Figure
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../nbs/08_runs.ipynb #0b08690e
 def runs_root() -> Path:
@@ -106,16 +108,23 @@ def known_secrets() -> list[str]:
     return [v for k, v in os.environ.items() if names.search(k) and len(v) >= 8]
 
 
-def scrub(text: str) -> str:
-    "`text` with every known secret replaced by ***."
-    for secret in known_secrets():
+def scrub(
+    text: str,
+    secrets: list[str] | None = None,  # None = `known_secrets()`
+) -> str:
+    "`text` with every secret replaced by ***."
+    for secret in known_secrets() if secrets is None else secrets:
         text = text.replace(secret, "***")
     return text
 
 
 class _ScrubbedLines(logging.Formatter):
+    def __init__(self, form: str):
+        super().__init__(form)
+        self.secrets = known_secrets()
+
     def format(self, record: logging.LogRecord) -> str:
-        return scrub(super().format(record))
+        return scrub(super().format(record), self.secrets)
 
 # %% ../nbs/08_runs.ipynb #1e8844cb
 class DamagedFile(ValueError):
@@ -439,7 +448,7 @@ class RunFolder:
                 warnings.warn(f"{e}; using the checkpoint before it", stacklevel=2)
         raise FileNotFoundError(f"{self.path} has no checkpoint that is whole")
 
-    def figure(self, name: str, fig: Figure) -> Path:
+    def figure(self, name: str, fig: "Figure") -> Path:
         "Save a figure as figures/NAME.png."
         path, content = self.path / "figures" / f"{plain_name(name)}.png", io.BytesIO()
         fig.savefig(content, format="png", dpi=120)

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from .components import ComponentModel, Mask
-from .config import Config
+from .config import Config, MiracleDistance
 from .losses import faithfulness, output_divergence
 from spd.metrics import (
     alive,
@@ -57,6 +57,19 @@ class GroundTruth(Config):
         for site, n in expected.items():
             if Cs[site] < n:
                 raise ValueError(f"{site} has {n} mechanisms to find but only C={Cs[site]} components")
+
+    def miracle(
+        self,
+        Cs: dict[str, int],  # site -> number of components
+    ) -> MiracleDistance:
+        "What a right decomposition has: targets of the composite metric (error as a share, L0 per site, dead percentage)."
+        self.check(Cs)
+        expected, p = self.identity | self.dense, self.feature_probability or 1.0
+        l0 = [n * p for n in self.identity.values()] + [k * (1 - (1 - p) ** self.n_features) for k in self.dense.values()]
+        dead = 100 * (1 - sum(expected.values()) / sum(Cs[site] for site in expected))
+        return MiracleDistance(
+            target_mse=self.max_recon, target_sparsity=sum(l0) / len(l0), target_dead_pct=max(dead, 1.0), one_sided=("mse",)
+        )
 
 # %% ../nbs/06_verdict.ipynb #7a109814
 def solution_errors(

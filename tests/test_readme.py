@@ -11,7 +11,7 @@ def as_page(notebook: Path) -> str:
     """The markdown cells of a notebook, with its relative links made relative to the top of the repository."""
     cells = json.loads(notebook.read_text())["cells"]
     text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    return re.sub(r"\]\((images/|\d\d_)", r"](nbs/\1", text) + "\n"
+    return re.sub(r"\]\((images/|\d\d[a-z]?_)", r"](nbs/\1", text) + "\n"
 
 
 def test_readme_is_the_index():

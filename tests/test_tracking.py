@@ -25,8 +25,10 @@ from spd.tracking import Tracking
 
 spd.tracking.PATIENCE |= {"finish_timeout": 4.0, "init_timeout": 5.0}
 torch.set_num_threads(1)
-config = PRESETS["default"]["tms_5-2"].replace(steps=200, batch_size=64, log_freq=10, eval_freq=100, eval_batch_size=256)
 target = TMS(TARGETS["tms_5-2"])
+truth = ground_truth(target.config)
+short = {"steps": 200, "batch_size": 64, "log_freq": 10, "eval_freq": 100, "eval_batch_size": 256}
+config = PRESETS["default"]["tms_5-2"].replace(**short, miracle=truth.miracle({"linear1": 20, "linear2": 20}))
 seen, feed = [0], target.config.data()
 
 
@@ -39,7 +41,7 @@ def data(n, generator):
 
 
 tracking = Tracking(wandb_mode=sys.argv[2], wandb_project="proj", wandb_group="g", wandb_tags=("toy",), wandb_watch=True)
-run = decompose(target, data, config, ground_truth(target.config), out_dir=sys.argv[1], tracking=tracking, progress=False)
+run = decompose(target, data, config, truth, out_dir=sys.argv[1], tracking=tracking, progress=False)
 run.figure("line", plt.figure())
 run.finish()
 """

@@ -16,7 +16,7 @@ import yaml
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ..components import Product, WideLinear
+from ..components import Product, WideLinear, match_modules
 from ..config import Config, DecomposeConfig, Schedule, SparseFeatures, make_generator
 from ..losses import merge_zeros, weighted_mean
 from ..runs import progress_bar
@@ -249,4 +249,5 @@ def configs(
     target = TARGETS[params.n_layers].replace(
         seed=params.target_seed, **{k: v for k, v in sizes.items() if v is not None}
     )
-    return target, params.apply(PRESETS[params.preset][params.n_layers])
+    config = params.apply(PRESETS[params.preset][params.n_layers])
+    return target, config.replace(miracle=ground_truth(target).miracle(match_modules(ResidMLP(target), config.modules)))

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..components import TransposedLinear
+from ..components import TransposedLinear, match_modules
 from ..config import Config, DecomposeConfig, SparseFeatures, make_generator
 from .resid_mlp import ToyParameters
 from ..losses import merge_zeros, weighted_mean
@@ -167,4 +167,5 @@ def configs(
         params = params.model_copy(update={k: v for k, v in small.items() if getattr(params, k) is None})
     sizes = {k: getattr(params, k) for k in ("n_features", "n_hidden")}
     target = TARGETS[params.which].replace(seed=params.target_seed, **{k: v for k, v in sizes.items() if v is not None})
-    return target, params.apply(PRESETS[params.preset][params.which])
+    config = params.apply(PRESETS[params.preset][params.which])
+    return target, config.replace(miracle=ground_truth(target).miracle(match_modules(TMS(target), config.modules)))
