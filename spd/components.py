@@ -275,23 +275,31 @@ class ComponentModel(nn.Module):
             for site in self.sites.values():
                 site.action = None
 
-    def clean(
+    def recorded(
         self,
         x: Tensor,  # the target's input
-    ) -> tuple[Tensor, dict[str, Tensor | Product]]:  # target output, site -> its input [..., d_in]
-        "Run the original target and record the input of every site."
-        inputs = {}
+        masks: Mapping[str, Mask] | None = None,  # site -> coefficients; a site left out runs the original
+    ) -> tuple[Tensor, dict[str, Tensor | Product]]:  # output, site -> its input [..., d_in]
+        "Run the decomposed network under `masks` and record the input of every site."
+        inputs, masks = {}, masks or {}
 
         def record(site: Site, x: Tensor | Product):
             if site.name in inputs:
                 raise ValueError(f"module {site.name!r} runs more than once in a forward; such modules are not supported")
             inputs[site.name] = x
-            return site.original(x)
+            return site.masked(x, masks[site.name]) if site.name in masks else site.original(x)
 
         out = self._run(x, record)
         if missing := [n for n in self.sites if n not in inputs]:
             raise ValueError(f"modules {missing} do not run in the target's forward, so they cannot be decomposed")
         return out, inputs
+
+    def clean(
+        self,
+        x: Tensor,  # the target's input
+    ) -> tuple[Tensor, dict[str, Tensor | Product]]:  # target output, site -> its input [..., d_in]
+        "Run the original target and record the input of every site."
+        return self.recorded(x)
 
     def forward(
         self,

@@ -95,8 +95,8 @@ def batch_losses(
     x = data(config.batch_size, streams.data)
     x, weight = merge_zeros(x) if kind.merge else (x, None)
     noise = draw_step_noise(config, parts.Cs, (len(x), *kind.positions), streams.masks)
-    p = config.losses.importance_minimality.p_at(step, config.steps)
-    return *step_losses(parts.model, parts.ci_fns, x, weight, noise, config, p), weight
+    shape = config.losses.importance_minimality.shape_at(step, config.steps)
+    return *step_losses(parts.model, parts.ci_fns, x, weight, noise, config, shape), weight
 
 # %% ../nbs/09_decompose.ipynb #898b7177
 def warm_up(model: ComponentModel, config: DecomposeConfig) -> None:
