@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from .components import ComponentModel, form, match_modules
+from .components import ComponentModel, insert_identities, match_modules
 from .config import DecomposeConfig, MiracleDistance, make_generator
 from .importance import CIFunctions
 from .losses import draw_step_noise, faithfulness, merge_zeros, step_losses, zero_is_silent
@@ -41,11 +41,11 @@ class Decomposition(nn.Module):
 
     def __init__(
         self,
-        target: nn.Module,  # any module with Linear layers
+        target: nn.Module,  # any module with Linear, Embedding or HF Conv1D layers
         config: DecomposeConfig,  # which modules, how many components, which CI functions
     ):
         super().__init__()
-        generator = make_generator(config.seed, "init")
+        generator, target = make_generator(config.seed, "init"), insert_identities(target, config.identities)
         self.model = ComponentModel(target, config.modules, config.tie, config.init, generator)
         self.ci_fns = CIFunctions(self.model, config.ci_fn, generator)
 
@@ -77,7 +77,7 @@ class InputKind:
     @classmethod
     def of(cls, model: ComponentModel, x: Tensor) -> "InputKind":
         "Look at a small batch, and at what the sites make of it."
-        shapes = {n: tuple(form(i).shape[1:-1]) for n, i in model.clean(x)[1].items()}
+        shapes = {n: tuple(model[n].inner(i).shape[1:-1]) for n, i in model.clean(x)[1].items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"all decomposed modules must see the same positions per input, got {shapes}")
         return cls(zero_is_silent(model, x), next(iter(shapes.values())))
@@ -126,7 +126,7 @@ def check_sites(
     truth: GroundTruth | None = None,
 ) -> None:
     "ValueError if the patterns do not fit the target or the ground truth does not fit the patterns."
-    Cs = match_modules(target, config.modules)
+    Cs = match_modules(insert_identities(target, config.identities), config.modules)
     if truth is not None:
         truth.check(Cs)
 
@@ -331,7 +331,7 @@ def validation_row(
 
 
 def decompose(
-    target: nn.Module,  # any module whose chosen submodules are Linear; it is copied, not changed
+    target: nn.Module,  # any module whose chosen submodules are Linear, Embedding or HF Conv1D; it is copied, not changed
     data: Callable,  # (n, generator) -> [n, ...] inputs, drawn from the generator on its device
     config: DecomposeConfig,
     truth: GroundTruth | None = None,  # what the right answer is, if known

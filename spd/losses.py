@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .components import ComponentModel, form
+from .components import ComponentModel, form, is_index
 from .config import PGD, DecomposeConfig
 from .importance import CIFunctions
 from .masks import Noise, draw_noise, stochastic_masks
@@ -177,7 +177,7 @@ def hidden_acts_recon(
     weight: Tensor | None = None,  # [B] weight of each input
 ) -> Tensor:  # scalar
     "Mean squared error of the sites' inputs, over all their entries and several masked forwards."
-    clean = {n: form(i) for n, i in inputs.items()}
+    clean = {n: form(i) for n, i in inputs.items() if not is_index(i)}
     width = sum(i.shape[-1] for i in clean.values())
     errors = []
     for m in masks:
