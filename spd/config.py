@@ -67,9 +67,17 @@ class Schedule(Config):
     "A value that changes over a run; call it with `(step, steps)`."
 
     start: float = Field(gt=0, description="value after warm-up")
-    fn: Literal["constant", "linear", "cosine", "quarter_cosine"] = Field(default="constant", description="curve after warm-up")
+    fn: Literal["constant", "linear", "cosine", "quarter_cosine", "exponential"] = Field(default="constant", description="curve")
     final_frac: float | None = Field(default=None, ge=0, le=1, description="last value as a share of `start`; None = 0")
     warmup_frac: float = Field(default=0.0, ge=0, lt=1, description="share of the steps spent rising linearly from 0")
+
+    half_life: float | None = Field(default=None, gt=0, description="exponential: share of the way after which it has halved")
+
+    @model_validator(mode="after")
+    def _half_life(self):
+        if (self.fn == "exponential") != (self.half_life is not None):
+            raise ValueError(f"half_life belongs to fn 'exponential'; got fn={self.fn!r} and half_life={self.half_life}")
+        return self
 
     @model_validator(mode="after")
     def _constant_stays(self):
@@ -92,6 +100,7 @@ class Schedule(Config):
             "linear": 1 - t,
             "cosine": 0.5 * (1 + math.cos(math.pi * t)),
             "quarter_cosine": math.cos(0.5 * math.pi * t),
+            "exponential": 0.5 ** (t / (self.half_life or 1.0)),
         }[self.fn]
         floor = self.final_frac or 0.0
         return self.start * (floor + (1 - floor) * curve)
@@ -286,6 +295,8 @@ class DecomposeConfig(Config):
     steps: int = Field(ge=1, description="gradient steps")
     batch_size: int = Field(ge=1, description="inputs per step")
     lr: Schedule = Schedule(start=1e-3)
+    optimizer: Literal["adamw", "muon"] = Field(default="adamw", description="of V and U; importances always have AdamW")
+    accumulate: int = Field(default=1, ge=1, description="batches per update; their gradients are averaged")
     seed: int = Field(default=0, ge=0, description="fixes initialisation, data and masks")
     output_loss: Literal["mse", "kl"] = Field(default="mse", description="divergence between target and masked output")
     n_mask_samples: int = Field(default=1, ge=1, description="mask draws per stochastic loss and step (S)")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Decomposition', 'Streams', 'InputKind', 'batch_losses', 'warm_up', 'grad_norm', 'clip', 'check_sites',
            'estimate_step_seconds', 'duration', 'TrainState', 'StopWish', 'Run', 'Recorder', 'plain', 'validation_row',
-           'decompose', 'make_optimizer', 'train', 'load_run']
+           'decompose', 'make_optimizers', 'accumulate', 'train', 'load_run']
 
 # %% ../nbs/09_decompose.ipynb #ed3a3929
 import math
@@ -164,7 +164,7 @@ class TrainState:
     "All that changes while a run trains."
 
     parts: Decomposition
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     streams: Streams
     step: int = 0  # updates done
     best: float = math.inf  # smallest miracle distance so far (without targets for it: error with CI masks)
@@ -172,8 +172,9 @@ class TrainState:
     def tensors(self) -> dict[str, Tensor]:
         "Everything but the numbers, by name."
         found = {f"parts.{k}": v for k, v in self.parts.state_dict().items()}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        for n, optimizer in enumerate(self.optimizers):
+            for i, moments in optimizer.state_dict()["state"].items():
+                found |= {f"optimizer.{n}.{i}.{k}": v for k, v in moments.items()}
         return found | {f"streams.{k}": g.get_state() for k, g in vars(self.streams).items()}
 
     def numbers(self) -> dict[str, Any]:
@@ -184,11 +185,12 @@ class TrainState:
         "Become what `tensors` and `numbers` say."
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         self.parts.load_state_dict(part("parts."))
-        state: dict[int, dict[str, Tensor]] = {}
-        for k, v in part("optimizer.").items():
-            i, name = k.split(".")
-            state.setdefault(int(i), {})[name] = v
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for n, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for k, v in part(f"optimizer.{n}.").items():
+                i, name = k.split(".")
+                state.setdefault(int(i), {})[name] = v
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         for k, generator in vars(self.streams).items():
             generator.set_state(tensors[f"streams.{k}"])
         self.step, self.best = numbers["step"], math.inf if numbers["best"] is None else numbers["best"]
@@ -358,7 +360,7 @@ def decompose(
         beside = {"device": device, "seeds": seeds, "tracking": tracking.model_dump(mode="json")} | (extra or {})
         folder = RunFolder.create(name, record, out_dir, beside)
     seconds = estimate_step_seconds(parts, data, config)
-    state = TrainState(parts, make_optimizer(parts, config), Streams.of(config.seed, device))
+    state = TrainState(parts, make_optimizers(parts, config), Streams.of(config.seed, device))
     with folder:
         start_mirror(folder, tracking, [parts.model, parts.ci_fns])
         if folder.checkpoints():
@@ -377,15 +379,33 @@ def decompose(
     return Run(folder, config, parts, numbers, verdict)
 
 # %% ../nbs/09_decompose.ipynb #349167ba
-def make_optimizer(parts: Decomposition, config: DecomposeConfig) -> torch.optim.Optimizer:
-    "AdamW over all components and causal-importance functions."
-    params = [*parts.model.components.parameters(), *parts.ci_fns.parameters()]
-    return torch.optim.AdamW(params, lr=config.lr.start, weight_decay=0.0, fused=True)
+def make_optimizers(parts: Decomposition, config: DecomposeConfig) -> list[torch.optim.Optimizer]:
+    "AdamW over all components and causal-importance functions, or Muon for V and U and AdamW for the rest."
+    components, ci_params = list(parts.model.components.parameters()), list(parts.ci_fns.parameters())
+    adamw = lambda params: torch.optim.AdamW(params, lr=config.lr.start, weight_decay=0.0, fused=True)
+    if config.optimizer == "adamw":
+        return [adamw([*components, *ci_params])]
+    muon = torch.optim.Muon(components, lr=config.lr.start, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw(ci_params)]
+
+
+def accumulate(
+    state: TrainState, data: Callable, config: DecomposeConfig, kind: InputKind
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:  # mean losses; importances and weights of the last batch
+    "Add up the gradients of `config.accumulate` batches, as a mean."
+    for optimizer in state.optimizers:
+        optimizer.zero_grad()
+    mean: dict[str, Tensor] = {}
+    for _ in range(config.accumulate):
+        losses, ci, weight = batch_losses(state.parts, data, config, state.step, state.streams, kind)
+        (losses["total"] / config.accumulate).backward()
+        mean = {n: mean.get(n, 0) + v.detach() / config.accumulate for n, v in losses.items()}
+    return mean, ci, weight
 
 
 def train(state: TrainState, data: Callable, config: DecomposeConfig, recorder: Recorder, progress: bool) -> None:
     "The training loop: updates of all components and causal-importance functions, up to `config.steps`."
-    parts, optimizer = state.parts, state.optimizer
+    parts = state.parts
     kind = InputKind.of(parts.model, data(2, make_generator(config.seed, "kind", state.streams.data.device)))
     components, ci_params = list(parts.model.components.parameters()), list(parts.ci_fns.parameters())
     with StopWish() as wish:
@@ -395,10 +415,8 @@ def train(state: TrainState, data: Callable, config: DecomposeConfig, recorder: 
         bar = progress_bar(config.steps, show=progress, start=state.step)
         for step in bar:
             row = recorder.evaluate()[1] if step % config.eval_freq == 0 else {}
-            lr = optimizer.param_groups[0]["lr"] = config.lr(step, config.steps)
-            losses, ci, weight = batch_losses(parts, data, config, step, state.streams, kind)
-            optimizer.zero_grad()
-            losses["total"].backward()
+            lr = config.lr(step, config.steps)
+            losses, ci, weight = accumulate(state, data, config, kind)
             if step % config.log_freq == 0:
                 norms = {"components": grad_norm(components), "ci_fns": grad_norm(ci_params)}
                 row |= recorder.train_row(losses, ci, weight, norms, lr)
@@ -408,7 +426,9 @@ def train(state: TrainState, data: Callable, config: DecomposeConfig, recorder: 
                 recorder.log(row)
             clip(components, config.grad_clip_components)
             clip(ci_params, config.grad_clip_ci_fns)
-            optimizer.step()
+            for optimizer in state.optimizers:
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
             state.step = step + 1
             if state.step % config.save_freq == 0 or state.step == config.steps or wish.signal:
                 recorder.save(config.keep_checkpoints)
