@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Decomposition', 'Streams', 'InputKind', 'batch_losses', 'warm_up', 'grad_norm', 'clip', 'check_sites',
            'estimate_step_seconds', 'duration', 'TrainState', 'StopWish', 'Run', 'Recorder', 'plain', 'validation_row',
-           'decompose', 'make_optimizers', 'accumulate', 'train', 'load_run']
+           'decompose', 'restore', 'make_optimizers', 'accumulate', 'train', 'load_run']
 
 # %% ../nbs/09_decompose.ipynb #ed3a3929
 import math
@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 
 from .components import ComponentModel, insert_identities, match_modules
 from .config import DecomposeConfig, MiracleDistance, make_generator
+from .files import progress_bar
 from .importance import CIFunctions
 from .losses import draw_step_noise, faithfulness, merge_zeros, step_losses, zero_is_silent
 from .metrics import ci_l0, compute_miracle_distance
 from .run_data import find_run
-from .runs import RunFolder, flat, logger, progress_bar
+from .runs import RunFolder, flat
 from .targets import describe, rebuild
 from .tracking import Tracking, check_key, start_mirror
 from .verdict import GroundTruth, Verdict, judge, measure
@@ -212,7 +214,7 @@ class StopWish:
 
     def _note(self, number: int, _) -> None:
         name = signal.Signals(number).name
-        if name == self.signal == "SIGINT":
+        if name == self.signal == "SIGINT" and "SPD_RUN_DIR" not in os.environ:  # a job repeats the signal: see `spd.jobs`
             raise KeyboardInterrupt("Ctrl-C twice: stopped in mid-step, the last checkpoint stays")
         self.signal = self.signal or name
 
@@ -346,37 +348,49 @@ def decompose(
     progress: bool = True,  # print the estimated cost and show a progress bar
 ) -> Run:
     "Decompose `target` on `data` (SPD paper, section 2)."
-    tracking = tracking or Tracking()
+    resume = resume or os.environ.pop("SPD_RESUME", None)
     check_sites(target, config, truth)
-    if tracking.wandb_mode == "online":
-        check_key()
     parts = Decomposition(target, config).to(device)
     record = {"decompose": config.model_dump(mode="json"), "target": describe(target), "data": describe(data)}
     record["truth"] = truth and truth.model_dump(mode="json")
-    if resume := resume or os.environ.pop("SPD_RESUME", None):
-        folder = RunFolder(resume).reopen(record)
+    if resume:
+        folder = RunFolder(find_run(resume)).reopen(record)
+        tracking = tracking or Tracking.model_validate(folder.config()["extra"].get("tracking", {}))
     else:
+        tracking = tracking or Tracking()
+        if tracking.wandb_mode == "online":
+            check_key()
         seeds = {"decompose": config.seed, "target": getattr(getattr(target, "config", None), "seed", None)}
         beside = {"device": device, "seeds": seeds, "tracking": tracking.model_dump(mode="json")} | (extra or {})
         folder = RunFolder.create(name, record, out_dir, beside)
     seconds = estimate_step_seconds(parts, data, config)
     state = TrainState(parts, make_optimizers(parts, config), Streams.of(config.seed, device))
-    with folder:
-        start_mirror(folder, tracking, [parts.model, parts.ci_fns])
-        if folder.checkpoints():
-            state.restore(*folder.load())
+    with StopWish() as wish, folder:
+        start_mirror(folder, tracking, [parts.model, parts.ci_fns], required=not resume)
+        restore(state, folder, config)
         if progress:
             left = config.steps - state.step
             cost = f"{left} steps x {seconds * 1e3:.3g} ms = about {duration(left * seconds)}"
             print(f"{cost} on {device} ({torch.get_num_threads()} threads)\nRun folder: {folder.path}", flush=True)
         recorder = Recorder(folder, state, data, config, truth)
-        train(state, data, config, recorder, progress)
+        train(state, data, config, recorder, wish, progress)
         numbers, row = recorder.evaluate()
         recorder.log(row)
         verdict = judge(numbers, truth)
         folder.write_summary(plain(numbers), verdict.model_dump(mode="json"))
-        logger.info("%s", verdict)
+        folder.note("%s", verdict)
     return Run(folder, config, parts, numbers, verdict)
+
+
+def restore(state: TrainState, folder: RunFolder, config: DecomposeConfig) -> None:
+    "Take up the last whole checkpoint, if there is one; say which rows before it are lost."
+    folder.set_aside_damaged()
+    if not folder.checkpoints():
+        return
+    state.restore(*folder.load())
+    on_disk = {row["_step"] for row in folder.rows()}
+    if lost := [s for s in range(0, state.step, config.log_freq) if s not in on_disk]:
+        warnings.warn(f"metrics.jsonl lacks {len(lost)} rows of steps before {state.step}, the first at {lost[0]}", stacklevel=3)
 
 # %% ../nbs/09_decompose.ipynb #349167ba
 def make_optimizers(parts: Decomposition, config: DecomposeConfig) -> list[torch.optim.Optimizer]:
@@ -403,38 +417,40 @@ def accumulate(
     return mean, ci, weight
 
 
-def train(state: TrainState, data: Callable, config: DecomposeConfig, recorder: Recorder, progress: bool) -> None:
+def train(
+    state: TrainState, data: Callable, config: DecomposeConfig, recorder: Recorder, wish: StopWish, progress: bool
+) -> None:
     "The training loop: updates of all components and causal-importance functions, up to `config.steps`."
     parts = state.parts
     kind = InputKind.of(parts.model, data(2, make_generator(config.seed, "kind", state.streams.data.device)))
     components, ci_params = list(parts.model.components.parameters()), list(parts.ci_fns.parameters())
-    with StopWish() as wish:
-        if not recorder.folder.checkpoints():
-            warm_up(parts.model, config)
-            recorder.save(config.keep_checkpoints)  # from here on the folder can be loaded, whatever happens
-        bar = progress_bar(config.steps, show=progress, start=state.step)
-        for step in bar:
-            row = recorder.evaluate()[1] if step % config.eval_freq == 0 else {}
-            lr = config.lr(step, config.steps)
-            losses, ci, weight = accumulate(state, data, config, kind)
-            if step % config.log_freq == 0:
-                norms = {"components": grad_norm(components), "ci_fns": grad_norm(ci_params)}
-                row |= recorder.train_row(losses, ci, weight, norms, lr)
-                l0 = sum(v for k, v in row.items() if k.startswith("train/l0/"))
-                bar.set_postfix(loss=f"{row['train/loss/total']:.2e}", L0=f"{l0:.1f}", refresh=False)
-            if row:
-                recorder.log(row)
-            clip(components, config.grad_clip_components)
-            clip(ci_params, config.grad_clip_ci_fns)
-            for optimizer in state.optimizers:
-                optimizer.param_groups[0]["lr"] = lr
-                optimizer.step()
-            state.step = step + 1
-            if state.step % config.save_freq == 0 or state.step == config.steps or wish.signal:
-                recorder.save(config.keep_checkpoints)
-            if wish.signal:
-                go_on = f"to go on: spd-run --resume {recorder.folder.path}"
-                raise KeyboardInterrupt(f"{wish.signal} after step {state.step}; {go_on}")
+    if not recorder.folder.checkpoints():
+        warm_up(parts.model, config)
+        recorder.save(config.keep_checkpoints)  # from here on the folder can be loaded, whatever happens
+    bar = progress_bar(config.steps, show=progress, start=state.step)
+    for step in bar:
+        row = recorder.evaluate()[1] if step % config.eval_freq == 0 else {}
+        lr = config.lr(step, config.steps)
+        losses, ci, weight = accumulate(state, data, config, kind)
+        if step % config.log_freq == 0:
+            norms = {"components": grad_norm(components), "ci_fns": grad_norm(ci_params)}
+            row |= recorder.train_row(losses, ci, weight, norms, lr)
+            l0 = sum(v for k, v in row.items() if k.startswith("train/l0/"))
+            bar.set_postfix(loss=f"{row['train/loss/total']:.2e}", L0=f"{l0:.1f}", refresh=False)
+        if row:
+            recorder.log(row)
+        clip(components, config.grad_clip_components)
+        clip(ci_params, config.grad_clip_ci_fns)
+        for optimizer in state.optimizers:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+        state.step = step + 1
+        recorder.folder.beat()
+        if state.step % config.save_freq == 0 or state.step == config.steps or wish.signal:
+            recorder.save(config.keep_checkpoints)
+        if wish.signal:
+            go_on = f"to go on: spd-run --resume {recorder.folder.path}"
+            raise KeyboardInterrupt(f"{wish.signal} after step {state.step}; {go_on}")
 
 # %% ../nbs/09_decompose.ipynb #ebc3e5f1
 def load_run(

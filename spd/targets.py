@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .config import Config
-from .runs import DamagedFile, cache_root, content_hash, pack_tensors, read_tensors, write_atomic
+from .files import DamagedFile, cache_root, content_hash, pack_tensors, read_tensors, write_atomic
 
 # %% ../nbs/08b_targets.ipynb #40e82505
 def describe(

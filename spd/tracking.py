@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['API_SECONDS', 'PATIENCE', 'Tracking', 'NoKey', 'NoAccess', 'NoNetwork', 'read_dotenv', 'check_key', 'explain',
-           'explained', 'wandb_api', 'WandbMirror', 'wandb_identity', 'start_mirror', 'sync', 'read_wandb_log']
+           'explained', 'wandb_api', 'read_wandb_log', 'wandb_identity', 'WandbMirror', 'start_mirror', 'sync']
 
 # %% ../nbs/08c_tracking.ipynb #c7be1021
 import atexit
@@ -16,7 +16,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,8 @@ from pydantic import field_validator
 from torch import nn
 
 from .config import Config
-from .runs import RunFolder, logger, to_json
+from .files import DamagedFile, number, read_json, to_json
+from .runs import RunFolder, SavedRun
 
 # %% ../nbs/08c_tracking.ipynb #6d8e0da1
 class Tracking(Config):
@@ -76,14 +77,15 @@ def check_key(
 
 
 def explain(error: Exception) -> Exception:
-    "A W&B client's error as `NoNetwork`, `NoAccess` or FileNotFoundError, told by its words; others come back as they are."
+    "A W&B client's error as FileNotFoundError, `NoAccess` or `NoNetwork`, told by its words; others come back as they are."
     told = {
-        NoNetwork: ("W&B cannot be reached", "connect|network|timed? ?out|resolve|unreachable|did not respond|retries|eof"),
-        NoAccess: ("W&B refuses the key in WANDB_API_KEY", "401|403|permission|not logged in|api key|unauthorized|forbidden"),
-        FileNotFoundError: ("W&B has no such run or project", "404|could not find|not found|not exist"),
+        FileNotFoundError: ("W&B has no such run or project", r"\b404\b|could not find|not found|does not exist"),
+        NoAccess: ("W&B refuses the key", r"\b40[13]\b|permission denied|not logged in|api key|unauthorized|forbidden"),
+        NoNetwork: ("W&B cannot be reached", r"connect|network|timed? ?out|resolve|unreachable|did not respond|retries|\beof\b"),
     }
-    for kind, (meaning, words) in told.items():
-        if re.search(words, str(error), re.IGNORECASE):
+    words = re.sub(r"\S+/\S+", "", str(error))  # without names of runs and addresses
+    for kind, (meaning, pattern) in told.items():
+        if re.search(pattern, words, re.IGNORECASE):
             return kind(f"{meaning}: {error}")
     return error
 
@@ -111,118 +113,6 @@ def wandb_api(
 
     with explained():
         return wandb.Api(timeout=API_SECONDS)
-
-# %% ../nbs/08c_tracking.ipynb #852f29c8
-_QUIET = {"console": "off", "silent": True, "save_code": False, "disable_git": True, "x_disable_machine_info": True}
-PATIENCE: dict[str, Any] = {"init_timeout": 20.0, "finish_timeout": 120.0, "finish_timeout_raises": True}  # seconds
-
-
-class WandbMirror:
-    "A W&B run that follows a run folder."
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        tracking: Tracking,  # mode offline or online
-        watch: Sequence[nn.Module] = (),  # modules for `wandb_watch`
-    ):
-        read_dotenv()
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no telemetry
-        import wandb
-
-        t, name, id = tracking, *wandb_identity(folder)
-        settings = _QUIET | PATIENCE | {"x_disable_stats": t.wandb_mode != "online", "x_transaction_log_flush_interval": 1.0}
-        with explained():
-            self.run: Any = wandb.init(
-                id=id, name=name, entity=t.wandb_entity, project=t.wandb_project or os.environ.get("WANDB_PROJECT") or "spd",
-                group=t.wandb_group, tags=t.wandb_tags, config=folder.config(), mode=t.wandb_mode, dir=str(folder.path),
-                resume="allow", reinit="finish_previous", settings=wandb.Settings(**settings),
-            )  # fmt: skip
-        self.folder, self.wandb = folder, wandb
-        self.sent = self.run.starting_step  # rows below it are there from before
-        place = {"entity": self.run.entity, "project": self.run.project, "id": id, "name": name, "url": self.run.url}
-        folder.write("wandb.json", to_json(place))
-        if t.wandb_watch and watch:
-            self.run.watch(watch, log="all", log_freq=100)
-        atexit.register(self.finish)
-
-    def _safely(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        if self.run is None:
-            return
-        try:
-            do(*args, **kwargs)
-        except Exception as e:  # whatever the client raises must not stop the run
-            self.run = None
-            said = f"W&B failed and is off for this run ({type(e).__name__}: {e}); later: spd-run --sync {self.folder.path}"
-            logger.warning("%s", said)
-            warnings.warn(said, stacklevel=3)
-
-    def log(self, step: int, row: dict[str, Any]) -> None:
-        "Mirror one row."
-        if step >= self.sent:
-            self._safely(lambda: self.run.log(row, step=step))
-
-    def figure(self, name: str, path: Path) -> None:
-        "Mirror a figure."
-        self._safely(lambda: self.run.log({f"figures/{name}": self.wandb.Image(str(path))}))
-
-    def finish(self, ok: bool = True) -> None:
-        "Send summary, folder and checkpoints, and end the W&B run."
-        self._safely(self._finish, ok)
-        self.run = None
-        atexit.unregister(self.finish)
-
-    def _finish(self, ok: bool) -> None:
-        summary = self.folder.summary()
-        if summary:
-            self.run.summary.update({"verdict": summary["verdict"]["status"]})
-        artifact = self.wandb.Artifact(f"run-{self.run.id}", "model", metadata={"schema": self.folder.config()["schema"]})
-        for file in sorted(self.folder.path.rglob("*")):
-            name = file.relative_to(self.folder.path)
-            if file.is_file() and name.parts[0] != "wandb":
-                artifact.add_file(str(file), str(name), policy="mutable" if name.suffix == ".log" else "immutable")
-        self.run.log_artifact(artifact)
-        path, online, rows = self.run.path, self.run.url is not None, self.folder.rows()
-        self.run.finish(exit_code=0 if ok else 1)
-        if online and rows and (last := wandb_api("W&B").run(path).lastHistoryStep) < rows[-1]["_step"]:
-            raise NoNetwork(f"W&B has the rows up to step {last} only")  # a client that was locked out finishes without a word
-
-
-def wandb_identity(folder: RunFolder) -> tuple[str, str]:  # name and id
-    "The W&B name and id of a run: those it has already, else from $WANDB_RUN_ID, else local_<id>."
-    file = folder.path / "wandb.json"
-    if file.exists():
-        place = json.loads(file.read_text())
-        return place["name"], place["id"]
-    given = os.environ.get("WANDB_RUN_ID")
-    id = given or secrets.token_hex(4)
-    return given or f"local_{id}", id
-
-
-def start_mirror(folder: RunFolder, tracking: Tracking, watch: Sequence[nn.Module] = ()) -> None:
-    "Give a run folder its mirror, if it shall have one."
-    if tracking.wandb_mode != "disabled":
-        folder.mirror = WandbMirror(folder, tracking, watch)
-
-# %% ../nbs/08c_tracking.ipynb #90a65a72
-def sync(
-    path: str | Path,  # a run folder
-    **changes: Any,  # other values of `Tracking`, e.g. wandb_project="spd"
-) -> str:  # the run's address at W&B
-    "Send a local run to W&B: rows it does not have yet, figures, summary, the folder and its checkpoints."
-    check_key("spd-run --sync")
-    folder = RunFolder(path)
-    recorded = folder.config()["extra"].get("tracking", {})
-    mirror = WandbMirror(folder, Tracking.model_validate(recorded | changes | {"wandb_mode": "online", "wandb_watch": False}))
-    url = mirror.run.url
-    for row in folder.rows():
-        mirror.log(row["_step"], {k: v for k, v in row.items() if k != "_step"} | {"_timestamp": row["_time"]})
-    for figure in sorted((folder.path / "figures").glob("*.png")):
-        mirror.figure(figure.stem, figure)
-    if mirror.run is None:
-        raise NoNetwork(f"{path} was not sent completely; what W&B has is kept there, run it again")
-    mirror.finish()
-    return url
 
 # %% ../nbs/08c_tracking.ipynb #210d404b
 def _log_records(content: bytes) -> Iterator[bytes]:
@@ -260,8 +150,149 @@ def read_wandb_log(
         record.ParseFromString(payload)
         kind = record.WhichOneof("record_type")
         if kind == "history":
-            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+            rows.append({"/".join(i.nested_key) or i.key: number(json.loads(i.value_json)) for i in record.history.item})
         elif kind in ("run", "config"):
             updates = (record.run.config if kind == "run" else record.config).update
             config |= {"/".join(u.nested_key) or u.key: json.loads(u.value_json) for u in updates}
     return rows, config
+
+# %% ../nbs/08c_tracking.ipynb #36eda29c
+PATIENCE: dict[str, Any] = {"init_timeout": 20.0, "finish_timeout": 120.0, "finish_timeout_raises": True}  # seconds
+_QUIET = {"console": "off", "silent": True, "save_code": False, "disable_git": True, "x_disable_machine_info": True}
+_OPEN: list["WandbMirror"] = []  # the one W&B run of this process that is not finished
+
+
+def wandb_identity(folder: SavedRun) -> tuple[str, str]:  # name and id
+    "The W&B name and id of a run: those it has already, else from $WANDB_RUN_ID (once per process), else local_<id>."
+    with suppress(FileNotFoundError, DamagedFile, LookupError):
+        place = read_json(folder.path / "wandb.json")
+        return place["name"], place["id"]
+    given = os.environ.pop("WANDB_RUN_ID", None)
+    id = given or secrets.token_hex(4)
+    return given or f"local_{id}", id
+
+
+class WandbMirror:
+    "A W&B run that follows a run folder."
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        tracking: Tracking,  # mode offline or online
+        watch: Sequence[nn.Module] = (),  # modules for `wandb_watch`
+    ):
+        read_dotenv()
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no telemetry
+        import wandb
+
+        while _OPEN:
+            _OPEN[0].finish()
+        self.folder, self.wandb, self.offline = folder, wandb, tracking.wandb_mode == "offline"
+        self.run: Any = self._start(tracking)
+        name, id = self.run.name, self.run.id
+        place = {"entity": self.run.entity, "project": self.run.project, "id": id, "name": name, "url": self.run.url}
+        folder.write("wandb.json", to_json(place))
+        if tracking.wandb_watch and watch:
+            self.run.watch(watch, log="all", log_freq=100)
+        _OPEN.append(self)
+        atexit.register(self.finish)
+        self.catch_up()
+
+    def _start(self, t: Tracking) -> Any:
+        name, id = wandb_identity(self.folder)
+        settings = _QUIET | PATIENCE | {"x_disable_stats": self.offline, "x_transaction_log_flush_interval": 1.0}
+        before = read_wandb_log(self.folder.path)[0] if self.offline and [*self.folder.path.rglob("*.wandb")] else []
+        with explained():
+            run = self.wandb.init(
+                id=id, name=name, entity=t.wandb_entity, project=t.wandb_project or os.environ.get("WANDB_PROJECT") or "spd",
+                group=t.wandb_group, tags=t.wandb_tags, config=self.folder.config(), mode=t.wandb_mode, dir=str(self.folder.path),
+                resume="allow", reinit="finish_previous", settings=self.wandb.Settings(**settings),
+            )  # fmt: skip
+        self.sent = max([run.starting_step, *(r["_step"] + 1 for r in before)])  # rows below it are there from before
+        return run
+
+    def _safely(self, do: Callable[..., Any], *args: Any) -> None:
+        if self.run is None:
+            return
+        try:
+            do(*args)
+        except Exception as e:  # whatever the client raises must not stop the run
+            self.run = None
+            said = f"W&B failed and is off for this run ({type(e).__name__}: {e}); later: spd-run --sync {self.folder.path}"
+            warnings.warn(said, stacklevel=3)
+            self.folder.note("%s", said)
+
+    def catch_up(self) -> None:
+        "Send the rows on disk that W&B does not have."
+        for row in self.folder.rows():
+            self.log(row["_step"], {k: v for k, v in row.items() if not k.startswith("_")} | {"_timestamp": row["_time"]})
+
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        "Mirror one row."
+        if step >= self.sent:
+            self._safely(lambda: self.run.log(row, step=step))
+
+    def figure(self, name: str, path: Path) -> None:
+        "Mirror a figure."
+        self._safely(lambda: self.run.log({f"figures/{name}": self.wandb.Image(str(path))}))
+
+    def finish(self, ok: bool = True) -> None:
+        "Send summary, folder and checkpoints, and end the W&B run."
+        self._safely(self._finish, ok)
+        self.run = None
+        atexit.unregister(self.finish)
+        if self in _OPEN:
+            _OPEN.remove(self)
+
+    def _finish(self, ok: bool) -> None:
+        if summary := self.folder.summary():
+            self.run.summary.update({"verdict": summary["verdict"]["status"]})
+        artifact = self.wandb.Artifact(f"run-{self.run.id}", "model")
+        for file in sorted(self.folder.path.rglob("*")):
+            name = file.relative_to(self.folder.path)
+            if file.is_file() and name.parts[0] != "wandb" and not name.name.startswith("."):
+                artifact.add_file(str(file), str(name), policy="mutable" if name.suffix == ".log" else "immutable")
+        self.run.log_artifact(artifact)
+        path, rows = self.run.path, self.folder.rows()
+        self.run.finish(exit_code=0 if ok else 1)
+        if not self.offline and rows and (last := wandb_api("W&B").run(path).lastHistoryStep) < rows[-1]["_step"]:
+            raise NoNetwork(f"W&B has the rows up to step {last} only")  # a client that was locked out finishes without a word
+
+
+def start_mirror(
+    folder: RunFolder,
+    tracking: Tracking,
+    watch: Sequence[nn.Module] = (),  # modules for `wandb_watch`
+    required: bool = True,  # an unreachable W&B is an error; else the run goes on without
+) -> None:
+    "Give a run folder its mirror, if it shall have one."
+    if tracking.wandb_mode == "disabled":
+        return
+    try:
+        folder.mirror = WandbMirror(folder, tracking, watch)
+    except (NoNetwork, NoAccess) as e:
+        if required:
+            raise
+        warnings.warn(f"{e}; the run goes on without its mirror, later: spd-run --sync {folder.path}", stacklevel=2)
+
+# %% ../nbs/08c_tracking.ipynb #90a65a72
+def sync(
+    path: str | Path,  # a run folder
+    **changes: Any,  # other values of `Tracking`, e.g. wandb_project="spd"
+) -> str:  # the run's address at W&B
+    "Send a local run to W&B: rows it does not have yet, figures, summary, the folder and its checkpoints."
+    check_key("spd-run --sync")
+    folder = RunFolder(path)
+    folder.check_idle()
+    recorded = folder.config()["extra"].get("tracking", {})
+    mirror = WandbMirror(folder, Tracking.model_validate(recorded | changes | {"wandb_mode": "online", "wandb_watch": False}))
+    url = mirror.run.url
+    for figure in sorted((folder.path / "figures").glob("*.png")):
+        mirror.figure(figure.stem, figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # here a failure of W&B is one
+        try:
+            mirror.finish(ok=folder.status()["state"] == "finished")
+        except UserWarning as e:
+            raise NoNetwork(f"{path} was not sent completely; what W&B has is kept there, run it again: {e}") from e
+    return url

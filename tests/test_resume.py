@@ -12,12 +12,13 @@ import torch
 
 from spd import jobs
 from spd.decompose import load_run
-from spd.runs import RunFolder, read_tensors
+from spd.files import read_tensors
+from spd.runs import RunFolder
 
 STEPS = 200
 CHILD = f"""
-import os, signal, sys, time
-import spd.decompose, spd.runs, torch
+import os, resource, signal, sys, time
+import spd.decompose, spd.files, spd.runs, torch
 from spd.experiments.tms import PRESETS, TARGETS, TMS, ground_truth
 torch.set_num_threads(1)
 out, resume, die_in, die_at = sys.argv[1], sys.argv[2] or None, sys.argv[3], int(sys.argv[4])
@@ -36,10 +37,21 @@ def dying(function):  # SIGKILL instead of the `die_at`-th call
     return call
 
 
-if die_in == "a checkpoint's write":  # the file beside is written, and not yet moved to its place
-    save, os_replace = spd.runs.RunFolder.save, os.replace
-    spd.runs.os.replace = lambda a, b: dying_replace(a, b) if "step_" in str(b) else os_replace(a, b)
-    dying_replace = dying(os_replace)
+writes = {{"a checkpoint's write": "step_", "the best checkpoint's write": "best."}}
+if die_in in writes:  # the file beside is written, and not yet moved to its place
+    os_replace, dying_replace = os.replace, dying(os.replace)
+    os.replace = lambda a, b: (dying_replace if writes[die_in] in os.path.basename(b) else os_replace)(a, b)
+elif die_in == "a full disk":
+    log, rows = spd.runs.RunFolder.log, []
+
+    def until_full(self, step, row):
+        rows.append(step)
+        if len(rows) == die_at:  # from now on no file may grow beyond 1000 bytes
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        log(self, step, row)
+
+    spd.runs.RunFolder.log = until_full
 elif die_in == "an evaluation":
     spd.decompose.measure = dying(spd.decompose.measure)
 elif die_in == "a step":
@@ -80,6 +92,7 @@ def straight(tmp_path_factory) -> RunFolder:
         ("a checkpoint's write", 5, 75),
         ("an evaluation", 3, 100),
         ("a row's write", 14, 125),
+        ("the best checkpoint's write", 1, 0),
     ],
 )
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(tmp_path, straight, die_in, die_at, saved):
@@ -97,6 +110,36 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(tmp_path, straight, d
     assert not list(run.path.rglob("*.tmp"))
 
 
+def test_killed_again_and_again(tmp_path, straight):
+    for die_at in (6 + 60, 6 + 3, 6 + 40, 6 + 1):  # the steps of each session
+        child(tmp_path, resume=next(tmp_path.iterdir(), ""), die_in="a step", die_at=die_at)
+    run = RunFolder(next(tmp_path.iterdir()))
+    assert run.status()["state"] == "killed" and run.checkpoints()[-1].stem == "step_00000075"
+    assert child(tmp_path, resume=run.path).returncode == 0
+    assert same_state(run, straight) and rows(run) == rows(straight)
+
+
+def test_two_do_not_go_on_with_one_run(tmp_path):
+    child(tmp_path, die_in="a step", die_at=6 + 30)
+    path = next(tmp_path.iterdir())
+    command = [sys.executable, "-c", CHILD, str(tmp_path), str(path), "", "0"]
+    pair = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in pair]
+    assert sorted(process.returncode for process in pair) == [0, 1]
+    assert any("is still running" in text for text in said)
+    steps = [row["_step"] for row in RunFolder(path).rows()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_full_disk_stops_the_run_and_names_the_file(tmp_path):
+    done = child(tmp_path, die_in="a full disk", die_at=4)
+    (path,) = tmp_path.iterdir()
+    assert done.returncode == 1 and f"cannot write {path / 'metrics.jsonl'}" in done.stderr
+    run = RunFolder(path)
+    assert run.status()["state"] == "failed" and "metrics.jsonl" in run.status()["reason"]
+    assert [row["_step"] for row in run.rows()] == [0, 10, 20]
+
+
 def same_state(a: RunFolder, b: RunFolder) -> bool:
     assert [p.name for p in a.checkpoints()] == [p.name for p in b.checkpoints()]
     ours, theirs = read_tensors(a.checkpoints()[-1])[0], read_tensors(b.checkpoints()[-1])[0]
@@ -111,7 +154,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, stra
     whole = last.read_bytes()
     last.write_bytes(whole[: len(whole) // 2])
     done = child(tmp_path, resume=run.path)
-    assert f"{last.name} is damaged" in done.stderr and "using the checkpoint before it" in done.stderr
+    assert f"{last.name} is damaged" in done.stderr and f"set aside as {last.stem}.damaged" in done.stderr
     assert same_state(run, straight) and rows(run) == rows(straight)
 
 

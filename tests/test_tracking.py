@@ -10,7 +10,8 @@ import pytest
 import torch
 from wandb_server import WandbServer
 
-from spd.runs import RunFolder, read_tensors
+from spd.files import read_tensors
+from spd.runs import RunFolder
 from spd.tracking import read_wandb_log
 
 OURS = ("train/", "eval/", "val")
@@ -210,6 +211,29 @@ def test_an_outage_stops_nothing_and_the_run_can_be_sent_later(server, env, tmp_
         assert sent.returncode == 0, sent.stderr
         assert plain(there.history) == plain(run.rows())
     assert there.state == "finished"
+
+
+KILLED = RUN.replace("sys.stdin.readline()", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+GO_ON = RUN.replace('print("half way", flush=True)', "pass").replace("sys.stdin.readline()", "pass")
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_killed_run_goes_on_and_its_mirror_misses_nothing(server, env, tmp_path, mode):
+    env = env | {"WANDB_ENTITY": "tester"}
+    assert python(KILLED, env, tmp_path / "runs", mode).returncode < 0
+    run = only(tmp_path / "runs")
+    again = GO_ON.replace("out_dir=sys.argv[1]", f"resume={str(run.path)!r}").replace(
+        "tracking=tracking", "tracking=None"
+    )
+    done = python(again, env, tmp_path / "runs", mode)
+    assert done.returncode == 0, done.stderr
+    there = (
+        server.runs["tester", "proj", identity(run)["id"]].history if mode == "online" else read_wandb_log(run.path)[0]
+    )
+    assert (
+        [row["_step"] for row in plain(there)] == [row["_step"] for row in plain(run.rows())] == list(range(0, 201, 10))
+    )
+    assert plain(there) == plain(run.rows())
 
 
 def test_offline_leaves_a_log_that_equals_the_rows_and_that_wandb_can_sync(server, env, tmp_path):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..components import Product, WideLinear, match_modules
 from ..config import Config, DecomposeConfig, Schedule, SparseFeatures, make_generator
+from ..files import progress_bar
 from ..losses import merge_zeros, weighted_mean
-from ..runs import progress_bar
 from ..tracking import Tracking, check_key
 from ..verdict import GroundTruth
 

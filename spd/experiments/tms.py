@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..components import TransposedLinear, match_modules
 from ..config import Config, DecomposeConfig, SparseFeatures, make_generator
 from .resid_mlp import ToyParameters
+from ..files import progress_bar
 from ..losses import merge_zeros, weighted_mean
-from ..runs import progress_bar
 from ..verdict import GroundTruth
 
 # %% ../../nbs/11_tms.ipynb #1a77a431
