@@ -25,8 +25,8 @@ LARGEST = 2**24  # numbers per input: 128 MB
 
 def _check(model: ComponentModel, x: Tensor, ci: Mapping[str, Tensor], sites: list[str]) -> int:
     "Size of the problem; ValueError for what cannot be certified."
-    if x.ndim != 2:
-        raise ValueError(f"inputs must be [batch, features], got shape {tuple(x.shape)}")
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"inputs must be real numbers [batch, features], got {x.dtype} of shape {tuple(x.shape)}")
     for n in sites:
         if n not in model.sites:
             raise ValueError(f"unknown site {n!r}; the model's sites are {list(model.sites)}")
