@@ -303,7 +303,7 @@ class DecomposeConfig(Config):
     sampling: Literal["continuous", "binomial"] = Field(default="continuous", description="noise r uniform, or 0 or 1")
     use_delta_component: bool = Field(default=True, description="mask what the components leave over, too")
     tie: bool = Field(default=True, description="weights tied in the target share one pair of V and U")
-    init: Literal["gaussian", "projected"] = Field(default="gaussian", description="start of V and U; the paper's: projected")
+    init: Literal["gaussian", "projected", "data"] = Field(default="gaussian", description="start of V and U; paper: projected")
     faithfulness_warmup: FaithfulnessWarmup = FaithfulnessWarmup()
     grad_clip_components: float | None = Field(default=None, gt=0, description="largest gradient norm of all V and U")
     grad_clip_ci_fns: float | None = Field(default=None, gt=0, description="largest gradient norm of the CI functions")
