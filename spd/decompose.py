@@ -26,7 +26,7 @@ from .components import ComponentModel, form, insert_identities, is_index, match
 from .config import DecomposeConfig, MiracleDistance, make_generator
 from .files import progress_bar
 from .importance import CIFunctions
-from .losses import draw_step_noise, faithfulness, merge_zeros, step_losses, zero_is_silent
+from .losses import draw_step_noise, draw_tilt, faithfulness, merge_zeros, step_losses, zero_is_silent
 from .metrics import ci_l0, compute_miracle_distance
 from .run_data import find_run
 from .runs import RunFolder, flat
@@ -97,8 +97,9 @@ def batch_losses(
     x = data(config.batch_size, streams.data)
     x, weight = merge_zeros(x) if kind.merge else (x, None)
     noise = draw_step_noise(config, parts.Cs, (len(x), *kind.positions), streams.masks)
+    tilt = draw_tilt(config, parts.Cs, (len(x), *kind.positions), streams.masks)
     shape = config.losses.importance_minimality.shape_at(step, config.steps)
-    return *step_losses(parts.model, parts.ci_fns, x, weight, noise, config, shape), weight
+    return *step_losses(parts.model, parts.ci_fns, x, weight, noise, config, shape, tilt), weight
 
 # %% ../nbs/09_decompose.ipynb #898b7177
 def warm_up(model: ComponentModel, config: DecomposeConfig) -> None:

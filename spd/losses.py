@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['zero_is_silent', 'merge_zeros', 'weighted_mean', 'component_means', 'faithfulness', 'relative_faithfulness',
-           'importance_minimality', 'output_divergence', 'ascend', 'draw_step_noise', 'masks_of', 'recon_under',
-           'hidden_acts_recon', 'recon_losses', 'step_losses']
+           'importance_minimality', 'output_divergence', 'ascend', 'draw_step_noise', 'draw_tilt', 'masks_of',
+           'recon_under', 'hidden_acts_recon', 'recon_losses', 'step_losses']
 
 # %% ../nbs/04_losses.ipynb #073ed1b1
 from collections.abc import Callable, Mapping, Sequence
@@ -147,6 +147,16 @@ def draw_step_noise(
     return drawn
 
 
+def draw_tilt(
+    config: DecomposeConfig,
+    Cs: Mapping[str, int],  # site -> number of components
+    shape: Sequence[int],  # leading shape of the inputs
+    generator: torch.Generator,  # the run's mask stream
+) -> dict[str, Tensor] | None:  # site -> [..., C] uniform; None for continuous sampling
+    "The noise that binomial sampling puts on the importances themselves."
+    return draw_noise(Cs, shape, generator, delta=False).components if config.sampling == "binomial" else None
+
+
 def masks_of(
     name: str,  # a reconstruction loss
     ci: Mapping[str, Tensor],  # site -> lower-leaky causal importance [..., C]
@@ -220,6 +230,7 @@ def step_losses(
     noise: Mapping[str, list[Noise]],  # from `draw_step_noise`
     config: DecomposeConfig,
     shape: float,  # current shape of importance minimality: p or gamma
+    tilt: Mapping[str, Tensor] | None = None,  # from `draw_tilt`
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # losses with their "total", lower-leaky causal importances
     "Every loss with a coefficient, unweighted, and their weighted sum under 'total'."
     clean = model.clean(x)
@@ -233,6 +244,7 @@ def step_losses(
         losses["faithfulness"] = faithfulness(model)
     if coeffs["relative_faithfulness"] > 0:
         losses["relative_faithfulness"] = relative_faithfulness(model)
-    losses |= recon_losses(model, x, clean, ci.lower, weight, noise, config)
+    tilted = tilt and {n: ci_fns.sigmoid.lower(1.05 * raw - 0.05 * tilt[n]) for n, raw in ci.raw.items()}
+    losses |= recon_losses(model, x, clean, tilted or ci.lower, weight, noise, config)
     losses["total"] = torch.stack([coeffs[n] * loss for n, loss in losses.items()]).sum()
     return losses, ci.lower
