@@ -136,7 +136,9 @@ RENAMED = {
 LOSSES = {  # upstream's name -> ours; before they had names, there was one key `<ours>_coeff` for each
     "FaithfulnessLoss": "faithfulness", "StochasticReconLoss": "stochastic_recon",
     "StochasticReconLayerwiseLoss": "stochastic_recon_layerwise", "StochasticReconSubsetLoss": "stochastic_recon_subset",
-    "ImportanceMinimalityLoss": "importance_minimality",
+    "ImportanceMinimalityLoss": "importance_minimality", "CIMaskedReconLoss": "ci_recon",
+    "CIMaskedReconLayerwiseLoss": "ci_recon_layerwise", "CIMaskedReconSubsetLoss": "ci_recon_subset",
+    "UnmaskedReconLoss": "unmasked_recon", "StochasticHiddenActsReconLoss": "hidden_acts_recon",
 }  # fmt: skip
 IMPORTANCE = {
     "coeff": "coeff", "pnorm": "p", "eps": "eps", "p_anneal_final_p": "final_p", "p_anneal_start_frac": "anneal_start",
