@@ -115,7 +115,7 @@ class LinearComponents(nn.Module):
 
     def weight(self) -> Tensor:  # [d_out, d_in]
         "The sum of all components, laid out as the target's weight."
-        return (self.V @ self.U).T
+        return torch.einsum("...ic,...cj->...ji", self.V, self.U)  # the same kernel with and without a run axis
 
     def inner(self, x: Tensor | Product) -> Tensor:  # [..., d_in], or an embedding's indices [...] -> [..., C]
         "Inner activations h = x V; an index reads a row of V."
@@ -139,11 +139,11 @@ class TiedComponents(LinearComponents):
 
     @property
     def V(self) -> Tensor:
-        return self.source[0].U.T if self.transposed else self.source[0].V
+        return self.source[0].U.mT if self.transposed else self.source[0].V
 
     @property
     def U(self) -> Tensor:
-        return self.source[0].V.T if self.transposed else self.source[0].U
+        return self.source[0].V.mT if self.transposed else self.source[0].U
 
 # %% ../nbs/01_components.ipynb #f94e447d
 class Mask(NamedTuple):
@@ -281,6 +281,11 @@ class ComponentModel(nn.Module):
 
     def __getitem__(self, site: str) -> LinearComponents:
         return cast(LinearComponents, self.components[module_key(site)])
+
+    @property
+    def lead(self) -> int:
+        "Number of run axes in front of every V and U: 0, or 1 for many runs at once."
+        return next(iter(self.sites.values())).components[0].V.ndim - 2
 
     def weights(self) -> dict[str, Tensor]:  # site -> [d_out, d_in]
         "The target's matrices at the sites."

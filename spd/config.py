@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CI_FN_FIELDS', 'ConfigT', 'unknown_names', 'Config', 'Schedule', 'ImportanceMinimality', 'PGD', 'Routing', 'Losses',
-           'CIFn', 'FaithfulnessWarmup', 'MiracleDistance', 'DecomposeConfig', 'make_generator', 'SparseFeatures',
-           'assigned_names', 'parameter_names', 'read_parameters']
+           'CIFn', 'FaithfulnessWarmup', 'MiracleDistance', 'DecomposeConfig', 'Halving', 'make_generator',
+           'SparseFeatures', 'assigned_names', 'parameter_names', 'read_parameters']
 
 # %% ../nbs/00_config.ipynb #68683285
 import ast
@@ -298,6 +298,7 @@ class DecomposeConfig(Config):
     optimizer: Literal["adamw", "muon"] = Field(default="adamw", description="of V and U; importances always have AdamW")
     accumulate: int = Field(default=1, ge=1, description="batches per update; their gradients are averaged")
     seed: int = Field(default=0, ge=0, description="fixes initialisation, data and masks")
+    data_seed: int | None = Field(default=None, ge=0, description="fixes the data instead; None = seed")
     output_loss: Literal["mse", "kl"] = Field(default="mse", description="divergence between target and masked output")
     n_mask_samples: int = Field(default=1, ge=1, description="mask draws per stochastic loss and step (S)")
     sampling: Literal["continuous", "binomial"] = Field(default="continuous", description="noise r uniform, or 0 or 1")
@@ -312,6 +313,7 @@ class DecomposeConfig(Config):
     save_freq: int = Field(default=1000, ge=1, description="steps between checkpoints")
     eval_batch_size: int = Field(default=4096, ge=1, description="inputs per evaluation batch")
     n_eval_batches: int = Field(default=5, ge=1, description="batches per evaluation")
+    patience: int | None = Field(default=None, ge=1, description="evaluations without a better one that end a run; None = never")
     keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept, besides the best one")
     miracle: MiracleDistance | None = Field(default=None, description="targets of the composite metric; None = not measured")
     ci_alive_threshold: float = Field(default=0.1, ge=0, lt=1, description="a component counts as active above this CI")
@@ -320,6 +322,19 @@ class DecomposeConfig(Config):
     def _positive_C(self):
         if bad := {k: c for k, c in self.modules.items() if c < 1}:
             raise ValueError(f"every module pattern needs at least one component, got {bad}")
+        return self
+
+# %% ../nbs/00_config.ipynb #bcfc6574
+class Halving(Config):
+    "Successive halving of runs side by side."
+
+    at: tuple[float, ...] = Field(default=(0.25, 0.5), min_length=1, description="shares of the steps after which runs are dropped")
+    keep: float = Field(default=0.5, gt=0, lt=1, description="share of the runs that goes on, each time")
+
+    @model_validator(mode="after")
+    def _between(self):
+        if bad := [a for a in self.at if not 0 < a < 1]:
+            raise ValueError(f"at must hold shares of the steps between 0 and 1, got {bad[0]}")
         return self
 
 # %% ../nbs/00_config.ipynb #ede71d9a

@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'TARGET', 'COMPONENT', 'SMALL', 'FLOOR', 'HISTORY', 'LINES', 'POSITIVE', 'NEGATIVE', 'to_numpy', 'panels',
            'column_orders', 'plot_ci', 'plot_uv', 'plot_mean_ci', 'series', 'plot_history', 'tms_parts', 'label_tips',
            'plot_tms_vectors', 'draw_network', 'plot_tms_network', 'plot_hidden_similarity', 'plot_response',
-           'number_dots', 'plot_neuron_contributions', 'plot_contribution_scatter']
+           'number_dots', 'plot_neuron_contributions', 'plot_contribution_scatter', 'pareto_front', 'plot_pareto']
 
 # %% ../nbs/07_figures.ipynb #70607a45
 import math
@@ -369,4 +369,31 @@ def plot_contribution_scatter(
     ax.axline((0, 0), slope=1, color="0.6", linewidth=0.8, zorder=0, label="equal")
     ax.set(xlabel="contribution in the target", ylabel="contribution through components", aspect="equal")
     ax.legend(loc="upper left", frameon=False, fontsize=SMALL)
+    return fig
+
+# %% ../nbs/07_figures.ipynb #fbdeee05
+def pareto_front(
+    x: Sequence[float],  # smaller is better
+    y: Sequence[float],  # smaller is better
+) -> list[int]:  # by x
+    "Points that no other point beats in one and equals or beats in the other."
+    beaten = lambda i: any(x[j] <= x[i] and y[j] <= y[i] and (x[j], y[j]) != (x[i], y[i]) for j in range(len(x)))
+    return sorted((i for i in range(len(x)) if not beaten(i)), key=lambda i: (x[i], y[i]))
+
+
+def plot_pareto(
+    l0: Sequence[float],  # mean L0 of a site, per run
+    error: Sequence[float],  # error with CI masks as a share of ablating everything, per run
+    verdicts: Sequence[str],  # "PASS", "FAIL" or "INCONCLUSIVE"
+) -> Figure:
+    "L0 against error, one point per run, with the Pareto front."
+    fig, (ax,) = panels([f"{len(l0)} runs"], height=3.2, width=4.2)
+    for verdict, color, marker in (("PASS", TARGET, "o"), ("INCONCLUSIVE", "0.6", "s"), ("FAIL", COMPONENT, "x")):
+        if at := [i for i, v in enumerate(verdicts) if v == verdict]:
+            ax.scatter([l0[i] for i in at], [error[i] for i in at], s=28, color=color, marker=marker, label=f"{verdict} ({len(at)})")
+    front = pareto_front(l0, error)
+    ax.step([l0[i] for i in front], [error[i] for i in front], where="post", color="0.7", linewidth=1, zorder=0, label="Pareto front")
+    ax.set(xlabel="mean L0 of a site", ylabel="error with CI masks / with none", yscale="log")
+    ax.margins(0.1)
+    ax.legend(frameon=False, fontsize=SMALL, loc="best")
     return fig

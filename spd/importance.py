@@ -94,38 +94,45 @@ class LinearGate(nn.Module):
         self.b = nn.Parameter(torch.zeros(C))
 
     def forward(self, h: Tensor) -> Tensor:  # [..., C] -> [..., C]
-        return h * self.w + self.b
+        return h * self.w.unsqueeze(-2) + self.b.unsqueeze(-2)
 
 # %% ../nbs/02_importance.ipynb #3f72298f
 CHUNK = 2**17  # hidden activations per chunk: half a megabyte, inside a core's L2 cache
 
 
-def _row_chunks(h: Tensor, hidden: int) -> int:
-    return max(1, CHUNK // (h.shape[-1] * hidden) if h.device.type == "cpu" else h.shape[0])
+def _chunks(h: Tensor, hidden: int) -> list[tuple[slice, slice]]:  # h [E, B, C]
+    "Runs and rows to take at a time: rows of one run if it is large, several runs if they are small."
+    E, B, C = h.shape
+    rows = max(1, CHUNK // (C * hidden)) if h.device.type == "cpu" else B
+    runs = max(1, rows // B) if h.device.type == "cpu" else E
+    return [(slice(e, e + runs), slice(b, b + rows)) for e in range(0, E, runs) for b in range(0, B, rows)]
 
 
 class _PerComponentMLP(torch.autograd.Function):
-    "h [B, C]; w1, b1, w2 [H, 1, C] -> [B, C]; hidden activations are [H, rows, C]."
+    "h [E, B, C]; w1, b1, w2 [E, H, 1, C] -> [E, B, C]; hidden activations are [runs, H, rows, C]."
 
     @staticmethod
     def forward(ctx, h, w1, b1, w2):
         ctx.save_for_backward(h, w1, b1, w2)
-        chunks = h.split(_row_chunks(h, len(w1)))
-        return torch.cat([(F.gelu(torch.addcmul(b1, r, w1)) * w2).sum(0) for r in chunks])
+        out = torch.empty_like(h)
+        for e, b in _chunks(h, w1.shape[1]):
+            z = torch.addcmul(b1[e], h[e, None, b], w1[e])
+            out[e, b] = (F.gelu(z) * w2[e]).sum(1)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         h, w1, b1, w2 = ctx.saved_tensors
-        n, dh = _row_chunks(h, len(w1)), []
-        dw1, db1, dw2 = torch.zeros_like(w1), torch.zeros_like(b1), torch.zeros_like(w2)
-        for r, g in zip(h.split(n), grad.split(n), strict=True):
-            z = torch.addcmul(b1, r, w1)
-            dw2 += (F.gelu(z) * g).sum(1, keepdim=True)
-            dz = torch.ops.aten.gelu_backward(g * w2, z)
-            db1 += dz.sum(1, keepdim=True)
-            dw1 += (dz * r).sum(1, keepdim=True)
-            dh.append((dz * w1).sum(0))
-        return torch.cat(dh), dw1, db1, dw2
+        dh, dw1, db1, dw2 = (torch.zeros_like(t) for t in (h, w1, b1, w2))
+        for e, b in _chunks(h, w1.shape[1]):
+            r, g = h[e, None, b], grad[e, None, b]
+            z = torch.addcmul(b1[e], r, w1[e])
+            dw2[e] += (F.gelu(z) * g).sum(2, keepdim=True)
+            dz = torch.ops.aten.gelu_backward(g * w2[e], z)
+            db1[e] += dz.sum(2, keepdim=True)
+            dw1[e] += (dz * r).sum(2, keepdim=True)
+            dh[e, b] = (dz * w1[e]).sum(1)
+        return dh, dw1, db1, dw2
 
 
 class PerComponentMLP(nn.Module):
@@ -139,8 +146,12 @@ class PerComponentMLP(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(C))
 
     def forward(self, h: Tensor) -> Tensor:  # [..., C] -> [..., C]
-        flat = h.reshape(-1, h.shape[-1])
-        return _PerComponentMLP.apply(flat, self.w1, self.b1, self.w2).reshape(h.shape) + self.b2
+        lead, (w1, b1, w2) = self.b2.ndim - 1, (self.w1, self.b1, self.w2)
+        if torch.compiler.is_compiling():  # a compiler fuses the formula itself
+            return (F.gelu(h.unsqueeze(-2) * w1.mT + b1.mT) * w2.mT).sum(-2) + self.b2.unsqueeze(-2)
+        flat = h.flatten(lead, -2)
+        flat, *weights = (flat, w1, b1, w2) if lead else (t[None] for t in (flat, w1, b1, w2))
+        return _PerComponentMLP.apply(flat, *weights).reshape(h.shape) + self.b2.unsqueeze(-2)
 
 # %% ../nbs/02_importance.ipynb #d862f845
 class VectorMLP(nn.Module):
@@ -156,13 +167,13 @@ class VectorMLP(nn.Module):
         self.biases = nn.ParameterList(torch.zeros(C, o) for o in widths[1:])
 
     def first(self, x: Tensor | Product) -> Tensor:  # [..., d_in] -> [..., C, H]
-        w = self.weights[0]
-        return (x @ w.transpose(0, 1).flatten(1)).unflatten(-1, w[:, 0].shape) + self.biases[0]
+        w = self.weights[0]  # [C, d_in, H]
+        return (x @ w.transpose(-3, -2).flatten(-2)).unflatten(-1, (w.shape[-3], -1)) + self.biases[0].unsqueeze(-3)
 
     def forward(self, x: Tensor | Product) -> Tensor:  # [..., d_in] -> [..., C]
         z = self.first(x)
         for w, b in zip(self.weights[1:], self.biases[1:], strict=True):
-            z = torch.einsum("...ci,cio->...co", F.gelu(z), w) + b
+            z = torch.einsum("...bci,...cio->...bco", F.gelu(z), w) + b.unsqueeze(-3)
         return z[..., 0]
 
 
@@ -173,7 +184,7 @@ class DeepComponentMLP(VectorMLP):
         super().__init__(1, C, hidden, generator)
 
     def first(self, x: Tensor) -> Tensor:  # [..., C] -> [..., C, H]
-        return x[..., None] * self.weights[0][:, 0] + self.biases[0]
+        return x[..., None] * self.weights[0][..., 0, :].unsqueeze(-3) + self.biases[0].unsqueeze(-3)
 
 # %% ../nbs/02_importance.ipynb #b987a7c7
 class SharedMLP(nn.Module):
@@ -192,8 +203,8 @@ class SharedMLP(nn.Module):
     def forward(self, x: Tensor | Product) -> Tensor:  # [..., d_in] -> [..., C]
         layers = list(zip(self.weights, self.biases, strict=True))
         for w, b in layers[:-1]:
-            x = F.gelu(x @ w + b)
-        return x @ layers[-1][0] + layers[-1][1]
+            x = F.gelu(x @ w + b.unsqueeze(-2))
+        return x @ layers[-1][0] + layers[-1][1].unsqueeze(-2)
 
 # %% ../nbs/02_importance.ipynb #0092c86f
 class Joined:
@@ -203,7 +214,8 @@ class Joined:
         self.parts = parts
 
     def __matmul__(self, W: Tensor) -> Tensor:  # [..., d_1 + ...] @ [d_1 + ..., n] -> [..., n]
-        return reduce(add, (x @ w for x, w in zip(self.parts, W.split([x.shape[-1] for x in self.parts]), strict=True)))
+        parts = W.split([x.shape[-1] for x in self.parts], -2)
+        return reduce(add, (x @ w for x, w in zip(self.parts, parts, strict=True)))
 
 
 def by_site(
