@@ -186,9 +186,9 @@ class Recorder:
         row = validation_row(numbers, parts.Cs, c.miracle)
         passed = {} if self.truth is None else {"eval/pass": float(judge(numbers, self.truth).status == "PASS")}
         self.merit = row.get("val/miracle_distance", row["val/mse_loss"])
-        self.state.stale += 1
+        self.state.stale = 0 if self.merit < self.state.best else self.state.stale + 1
         if self.merit <= self.state.best:
-            self.state.best, self.state.stale = self.merit, 0
+            self.state.best = self.merit
             self.save(keep=None)
         return numbers, flat({"eval": plain(numbers)}) | row | passed
 
