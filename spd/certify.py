@@ -485,25 +485,27 @@ class Certificate(NamedTuple):
         "How many times worse than the ideal one: at least, and at most."
         return None if self.ideal is None else self.found.ratio(self.ideal)
 
-    def _rows(self) -> list[tuple[str, str]]:
-        worst = [w for w in self if w is not None]
-        errors = lambda of: ", ideal ".join(of(w) for w in worst)
-        rows = [
-            ("random masks", errors(lambda w: f"{w.random.mean():.3g}")),
-            ("attack (PGD)", errors(lambda w: f"{w.attacked.mean():.3g}")),
-            ("worst case, certified", errors(lambda w: _span(w.mean))),
-            ("share of ablating everything", errors(lambda w: _span(w.share))),
-        ]
-        exact = f"{int(self.found.exact.sum())} of {len(self.found.lower)}"
-        ratio = [] if self.ratio is None else [("worst case / ideal", _span(self.ratio))]
-        return [*rows, *ratio, (f"inputs exact to {self.found.tol:.0%}", exact)]
+    def _rows(self) -> list[list[str]]:
+        "Header and lines of the report: a name, this decomposition, the ideal one."
+        ideal, worst = self.ideal, [w for w in self if w is not None]
+        lines: dict[str, Callable[[WorstCase], str]] = {
+            "random masks": lambda w: f"{w.random.mean():.3g}",
+            "attack (PGD)": lambda w: f"{w.attacked.mean():.3g}",
+            "worst case, certified": lambda w: _span(w.mean),
+            "worst case / all components off": lambda w: _span(w.share),
+        }
+        if ideal is not None:
+            lines["worst case / ideal one's"] = lambda w: _span(w.ratio(ideal))
+        lines[f"inputs exact to {self.found.tol:.0%}"] = lambda w: f"{int(w.exact.sum())} of {len(w.lower)}"
+        header = [f"mean squared error, {len(self.found.lower)} inputs", "found", "ideal"]
+        return [header[: len(worst) + 1], *([name, *map(of, worst)] for name, of in lines.items())]
 
     def __str__(self) -> str:
-        return "\n".join(f"{name:<28} {value}" for name, value in self._rows())
+        return "\n".join(f"{name:<34}" + "".join(f"{v:<22}" for v in values).rstrip() for name, *values in self._rows())
 
     def _repr_markdown_(self) -> str:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in self._rows())
-        return f"| mean squared error, {len(self.found.lower)} inputs | |\n|---|---|\n{rows}"
+        header, *rows = ("| " + " | ".join(row) + " |" for row in self._rows())
+        return "\n".join([header, "|---" * len(self._rows()[0]) + "|", *rows])
 
 
 def certified_report(
