@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['Status', 'MAX_FAITHFULNESS', 'MAX_SUM_RECON', 'MIN_MMCS', 'MIN_COSINE', 'RATIO_TOL', 'SLOPE_TOL', 'L0_RANGE',
-           'GroundTruth', 'solution_errors', 'contributions', 'measure', 'Criterion', 'Verdict', 'judge']
+           'GroundTruth', 'solution_errors', 'contributions', 'measure', 'Criterion', 'Verdict', 'judge', 'plant',
+           'random_control', 'svd_control', 'try_out', 'Verdicts']
 
 # %% ../nbs/06_verdict.ipynb #4a99714e
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from .components import ComponentModel, Mask
-from .config import Config, MiracleDistance
+from .config import CIFn, Config, MiracleDistance, make_generator
+from .importance import CI, CIFunctions
 from .losses import faithfulness, output_divergence
 from spd.metrics import (
     alive,
@@ -239,9 +243,11 @@ def _truth_criteria(numbers: dict[str, Any], truth: GroundTruth) -> list[Criteri
 def judge(
     numbers: dict[str, Any],  # from `measure`
     truth: GroundTruth | None = None,  # None: never better than INCONCLUSIVE
+    flaw: str | None = None,  # what is wrong with the target itself
 ) -> Verdict:
     "PASS, FAIL or INCONCLUSIVE, with a reason per criterion."
-    criteria = _general_criteria(numbers, GroundTruth(n_features=1).max_recon if truth is None else truth.max_recon)
+    criteria = [Criterion(name="target", status="FAIL", value=None, reason=f"target: {flaw}")] if flaw else []
+    criteria += _general_criteria(numbers, GroundTruth(n_features=1).max_recon if truth is None else truth.max_recon)
     if truth is None:
         reason = "no ground truth: good reconstruction does not prove the right mechanisms"
         criteria.append(Criterion(name="ground truth", status="INCONCLUSIVE", value=None, reason=reason))
@@ -250,3 +256,82 @@ def judge(
     found = {c.status for c in criteria}
     status = "FAIL" if "FAIL" in found else "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
     return Verdict(status=status, criteria=tuple(criteria))
+
+# %% ../nbs/06_verdict.ipynb #f099efad
+@torch.no_grad()
+def plant(
+    model: ComponentModel,
+    factors: Mapping[str, tuple[Tensor, Tensor]],  # site that is not tied to another -> V [d_in, k], U [k, d_out]
+) -> ComponentModel:
+    "A copy of the model with these components at the sites; the remaining C - k of each are 0."
+    model = copy.deepcopy(model)
+    for name, (V, U) in factors.items():
+        comps, k = model[name], len(U)
+        if k > comps.C:
+            raise ValueError(f"{name} has room for C={comps.C} components, got {k}")
+        comps.V.zero_()[:, :k] = V
+        comps.U.zero_()[:k] = U
+    return model
+
+
+def random_control(
+    model: ComponentModel,  # gives sizes
+    ci_fn: CIFn,  # kind of importance functions
+    seed: int = 0,
+) -> tuple[ComponentModel, Callable]:  # model, ci_fns
+    "Components of random directions, each as large as the model's own, and untrained importance functions."
+    generator, factors = make_generator(seed, "random control"), {}
+    for name in (n for n in model.sites if n not in model.ties):
+        V, U = (torch.randn(p.shape, generator=generator).to(p) for p in (model[name].V, model[name].U))
+        V *= model[name].V.norm(dim=0) / V.norm(dim=0)
+        U *= (model[name].U.norm(dim=1) / U.norm(dim=1))[:, None]
+        factors[name] = V.detach(), U.detach()
+    wrong = plant(model, factors)
+    return wrong, CIFunctions(wrong, ci_fn, generator)
+
+
+def svd_control(
+    model: ComponentModel,  # gives the matrices, and C
+    always: bool = False,  # important always, and not only where they act
+) -> tuple[ComponentModel, Callable]:  # model, ci_fns
+    "The (at most C) largest singular vectors of each matrix as components."
+    factors = {}
+    for name in (n for n in model.sites if n not in model.ties):
+        left, size, right = torch.linalg.svd(model.weights()[name], full_matrices=False)
+        C = model[name].C
+        factors[name] = right[:C].T, (left * size).T[:C]
+
+    def ci_fns(model: ComponentModel, inputs) -> CI:
+        h = {n: model[n].inner(x) for n, x in inputs.items()}
+        used = {n: model[n].V.norm(dim=0).gt(0).expand_as(h[n]) if always else h[n].abs() > 1e-6 for n in h}
+        ci = {n: u.to(h[n].dtype) for n, u in used.items()}
+        return CI(ci, ci, ci)
+
+    return plant(model, factors), ci_fns
+
+# %% ../nbs/06_verdict.ipynb #9c175519
+def try_out(
+    model: ComponentModel,
+    ci_fns: Callable,  # (model, site inputs) -> CI
+    data: Callable,  # (n, generator) -> [n, ...] inputs
+    truth: GroundTruth | None = None,
+    flaw: str | None = None,  # what is wrong with the target itself
+    seed: int = 0,  # of the evaluation stream
+) -> Verdict:
+    "Measure and judge a decomposition that no run has made."
+    generator = make_generator(seed, "eval", next(model.parameters()).device)
+    return judge(measure(model, ci_fns, data, generator, truth), truth, flaw)
+
+
+class Verdicts(dict[str, Verdict]):
+    "Verdicts by name, as a table with the first reasons of each."
+
+    def _lines(self) -> list[tuple[str, str, str]]:
+        return [(k, v.status, "" if v.status == "PASS" else "; ".join(v.reasons[:2])) for k, v in self.items()]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {status} {why}".rstrip() for name, status, why in self._lines())
+
+    def _repr_markdown_(self) -> str:
+        rows = "\n".join(f"| {name} | {status} | {why} |" for name, status, why in self._lines())
+        return f"| | verdict | first reasons |\n|---|---|---|\n{rows}"

@@ -5,6 +5,12 @@ import pytest
 from spd.decompose import decompose
 from spd.experiments import resid_mlp, tms
 from spd.targets import trained_target
+from spd.verdict import try_out
+
+
+def assert_ideal_passes(experiment, target):
+    verdict = try_out(*experiment.ideal(target), target.config.data(), experiment.ground_truth(target.config))
+    assert verdict.status == "PASS", verdict
 
 
 @pytest.mark.slow
@@ -17,15 +23,17 @@ def test_tms_5_2_is_found(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_resid_mlp_target_passes_its_check():
+def test_every_resid_mlp_target_and_its_ideal_decomposition_pass():
     for layers, config in resid_mlp.TARGETS.items():
         target = trained_target(
             resid_mlp.ResidMLP, config, resid_mlp.train_resid_mlp, resid_mlp.check_resid_mlp, tries=1
         )
         assert len(target.layers) == layers
+        assert_ideal_passes(resid_mlp, target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["tms_40-10", "tms_40-10-id"])
-def test_tms_40_10_targets_pass_their_check(which):
-    trained_target(tms.TMS, tms.TARGETS[which], tms.train_tms, tms.check_tms)
+def test_tms_40_10_targets_and_their_ideal_decompositions_pass(which):
+    target = trained_target(tms.TMS, tms.TARGETS[which], tms.train_tms, tms.check_tms)
+    assert_ideal_passes(tms, target)

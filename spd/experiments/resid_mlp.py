@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'TARGETS', 'ToyParameters', 'Parameters', 'ResidMLPConfig', 'MLPLayer', 'ResidMLP', 'labels',
-           'train_resid_mlp', 'feature_effects', 'check_resid_mlp', 'ground_truth', 'configs']
+           'train_resid_mlp', 'feature_effects', 'check_resid_mlp', 'ground_truth', 'configs', 'ideal']
 
 # %% ../../nbs/10_resid_mlp.ipynb #a52107f3
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,12 +17,13 @@ import yaml
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ..components import Product, WideLinear, match_modules
+from ..components import ComponentModel, Product, WideLinear, match_modules
 from ..config import Config, DecomposeConfig, Schedule, SparseFeatures, make_generator
 from ..files import progress_bar
+from ..importance import CI
 from ..losses import merge_zeros, weighted_mean
 from ..tracking import Tracking, check_key
-from ..verdict import GroundTruth
+from ..verdict import GroundTruth, plant
 
 # %% ../../nbs/10_resid_mlp.ipynb #595a8e9b
 class ToyParameters(Tracking):
@@ -251,3 +253,22 @@ def configs(
     )
     config = params.apply(PRESETS[params.preset][params.n_layers])
     return target, config.replace(miracle=ground_truth(target).miracle(match_modules(ResidMLP(target), config.modules)))
+
+# %% ../../nbs/10_resid_mlp.ipynb #512b1bb3
+def ideal(target: ResidMLP) -> tuple[ComponentModel, Callable]:  # model, ci_fns
+    "The right decomposition: a component per feature in each `mlp_in`, important when it is on; one per neuron behind it."
+    truth = ground_truth(target.config)
+    model = ComponentModel(target, truth.identity | truth.dense, generator=make_generator(0, "ideal"))
+    W, factors, read_features = model.weights(), {}, torch.linalg.pinv(target.W_E)  # [d_embed, n]
+    for read, write in truth.blocks:
+        U = target.W_E @ W[read].T  # [n, d_mlp]
+        factors[read] = read_features + (W[read].T - read_features @ U) @ torch.linalg.pinv(U), U
+        factors[write] = torch.eye(len(W[write].T)), W[write].T
+
+    def ci_fns(model: ComponentModel, inputs) -> CI:
+        on = (inputs["layers.0.mlp_in"].terms[0][0] != 0).float()
+        ci = {n: on for n in truth.identity}
+        ci |= {n: on.amax(-1, keepdim=True).expand(-1, k) for n, k in truth.dense.items()}
+        return CI(ci, ci, ci)
+
+    return plant(model, factors), ci_fns
