@@ -535,8 +535,11 @@ d = { 'settings': { 'branch': 'main',
                              'spd.verdict._against_truth': ('verdict.html#_against_truth', 'spd/verdict.py'),
                              'spd.verdict._criterion': ('verdict.html#_criterion', 'spd/verdict.py'),
                              'spd.verdict._general_criteria': ('verdict.html#_general_criteria', 'spd/verdict.py'),
+                             'spd.verdict._mean': ('verdict.html#_mean', 'spd/verdict.py'),
                              'spd.verdict._truth_criteria': ('verdict.html#_truth_criteria', 'spd/verdict.py'),
+                             'spd.verdict._under_masks': ('verdict.html#_under_masks', 'spd/verdict.py'),
                              'spd.verdict.contributions': ('verdict.html#contributions', 'spd/verdict.py'),
                              'spd.verdict.judge': ('verdict.html#judge', 'spd/verdict.py'),
                              'spd.verdict.measure': ('verdict.html#measure', 'spd/verdict.py'),
-                             'spd.verdict.solution_errors': ('verdict.html#solution_errors', 'spd/verdict.py')}}}
+                             'spd.verdict.solution_errors': ('verdict.html#solution_errors', 'spd/verdict.py'),
+                             'spd.verdict.upstream_names': ('verdict.html#upstream_names', 'spd/verdict.py')}}}

@@ -32,7 +32,7 @@ from .run_data import find_run
 from .runs import RunFolder, flat
 from .targets import describe, rebuild
 from .tracking import Tracking, check_key, start_mirror
-from .verdict import GroundTruth, Verdict, judge, measure
+from .verdict import GroundTruth, Verdict, judge, measure, upstream_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -341,7 +341,8 @@ class Recorder:
         if merit <= self.state.best:
             self.state.best = merit
             self.save(keep=None)
-        return numbers, flat({"eval": plain(numbers)}) | row
+        theirs = {f"eval/{k}": v for k, v in upstream_names(numbers, c.ci_alive_threshold).items()}
+        return numbers, flat({"eval": plain(numbers)}) | theirs | row
 
     def save(self, keep: int | None) -> None:
         "Write a checkpoint: one of the newest `keep`, or (None) the best one."
