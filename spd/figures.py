@@ -153,9 +153,10 @@ def plot_ci_histograms(
         edges = np.linspace(min(0.0, values.min()), max(1.0, values.max()), bins + 1)
         ax.axvspan(*BAND, color="0.93", linewidth=0, zorder=0)
         ax.hist(values, bins=edges.tolist(), color=TARGET, log=True)
-        between = ((values > BAND[0]) & (values < BAND[1])).mean()
+        active = values[values > BAND[0]]
+        text = f"{(active < BAND[1]).mean():.0%} of those above {BAND[0]:g}" if len(active) else f"none above {BAND[0]:g}"
         note = {"xy": (0.5, 1), "xycoords": ax.get_xaxis_transform(), "xytext": (0, -4), "textcoords": "offset points"}
-        ax.annotate(f"{between:.2%} in between", **note, ha="center", va="top", fontsize=SMALL)
+        ax.annotate(text, **note, ha="center", va="top", fontsize=SMALL)
         ax.set(xlabel=xlabel, ylabel="inputs × components")
         ax.margins(x=0.02)
     for ax in axes:
@@ -177,8 +178,8 @@ def plot_activation_density(
         ax.axhline(min_rate, color=COMPONENT, linestyle="--", linewidth=1)
         text = f"alive: {(ranked > min_rate).sum()} of {len(ranked)}, never on: {len(ranked) - len(fires)}"
         ax.annotate(text, (1, 1), (-4, -4), "axes fraction", "offset points", ha="right", va="top", fontsize=SMALL)
-        note = {"xycoords": ax.get_yaxis_transform(), "xytext": (-4, 3), "textcoords": "offset points", "color": COMPONENT}
-        ax.annotate(f"alive above {min_rate:g}", (1, min_rate), ha="right", va="bottom", fontsize=SMALL, **note)
+        note = {"xycoords": ax.get_yaxis_transform(), "xytext": (4, 3), "textcoords": "offset points", "color": COMPONENT}
+        ax.annotate(f"alive above {min_rate:g}", (0, min_rate), ha="left", va="bottom", fontsize=SMALL, **note)
         ax.set(xlabel="component (sorted)", ylabel="share of inputs active", xlim=(0, len(ranked) + 1))
         ax.set_yscale("log")
         ax.set_ylim(lowest / 3, 6)  # room for the note above 1
