@@ -148,7 +148,7 @@ def plot_ci_histograms(
 ) -> Figure:
     "How often each causal importance occurs at every site, counts on a logarithmic axis."
     fig, axes = panels(list(ci), sharey=True)
-    for ax, (site, g) in zip(axes, ci.items(), strict=True):
+    for ax, g in zip(axes, ci.values(), strict=True):
         values = to_numpy(g).ravel()
         edges = np.linspace(min(0.0, values.min()), max(1.0, values.max()), bins + 1)
         ax.axvspan(*BAND, color="0.93", linewidth=0, zorder=0)
@@ -171,7 +171,7 @@ def plot_activation_density(
     "Sorted firing rates of the components of every site, and the rate above which they count as alive."
     fig, axes = panels(list(rates), sharey=True)
     lowest = min([min_rate, *(r for rate in rates.values() for r in to_numpy(rate) if r > 0)])
-    for ax, (site, rate) in zip(axes, rates.items(), strict=True):
+    for ax, rate in zip(axes, rates.values(), strict=True):
         ranked = np.sort(to_numpy(rate))[::-1]
         fires = ranked[ranked > 0]
         ax.plot(np.arange(1, len(fires) + 1), fires, ".-", color=TARGET, markersize=4, linewidth=0.8)
