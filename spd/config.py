@@ -328,7 +328,7 @@ class DecomposeConfig(Config):
 class Halving(Config):
     "Successive halving of runs side by side."
 
-    at: tuple[float, ...] = Field(default=(0.25, 0.5), min_length=1, description="shares of the steps after which runs are dropped")
+    at: tuple[float, ...] = Field(default=(0.25, 0.5), min_length=1, description="shares of the steps after which runs stop")
     keep: float = Field(default=0.5, gt=0, lt=1, description="share of the runs that goes on, each time")
 
     @model_validator(mode="after")

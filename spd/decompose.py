@@ -35,7 +35,7 @@ from .runs import RunFolder, flat
 from .steps import Decomposition, InputKind, Stack, Streams, TrainState, check_members, grad_norm
 from .targets import describe, rebuild
 from .tracking import Tracking, check_key, start_mirror
-from .verdict import Criterion, GroundTruth, Verdict, judge, measure
+from .verdict import Criterion, GroundTruth, Verdict, judge, measure, upstream_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -190,7 +190,8 @@ class Recorder:
         if self.merit <= self.state.best:
             self.state.best = self.merit
             self.save(keep=None)
-        return numbers, flat({"eval": plain(numbers)}) | row | passed
+        theirs = {f"eval/{k}": v for k, v in upstream_names(numbers, c.ci_alive_threshold).items()}
+        return numbers, flat({"eval": plain(numbers)}) | theirs | row | passed
 
     def save(self, keep: int | None) -> None:
         "Write a checkpoint: one of the newest `keep`, or (None) the best one."
@@ -279,7 +280,7 @@ class Ensemble:
         return {k: [e.get(k) for e in each] for k in each[0] if len({repr(e.get(k)) for e in each}) > 1}
 
     def table(self) -> list[dict[str, Any]]:
-        "One row per run: what it differs in, its verdict, L0 of a site, error with CI masks as a share, first reason not to PASS."
+        "One row per run: what it differs in, verdict, L0 of a site, error with CI masks as a share, first reason not to PASS."
         rows = []
         for i, r in enumerate(self.runs):
             row = {k: v[i] for k, v in self.changed().items()} | {"verdict": r.verdict.status}
@@ -379,7 +380,7 @@ def decompose(
     seeds: Sequence[int] | None = None,  # a run for each, side by side
     halving: Halving | None = None,  # stop the runs that look worse early; None = all run to the end
     compile: str = "auto",  # torch.compile: "on", "off", or on GPUs
-) -> Run | Ensemble:  # an `Ensemble` if `config` or `resume` is a list, or `seeds` are given
+) -> Any:  # a `Run`; an `Ensemble` if `config` is a list or `seeds` are given
     "Decompose `target` on `data` (SPD paper, section 2)."
     resume = resume or os.environ.pop("SPD_RESUME", None)
     one = isinstance(config, DecomposeConfig) and seeds is None
@@ -390,7 +391,9 @@ def decompose(
     for c in configs:
         check_sites(target, c, truth)
     check_members(configs)
-    losses, paths = step_function(compile, device), [resume] * len(configs) if one or not resume else list(resume)
+    losses, paths = step_function(compile, device), [None] * len(configs)
+    if resume:
+        paths = [resume] if isinstance(resume, str | Path) else list(resume)
     if len(paths) != len(configs):
         raise ValueError(f"{len(configs)} configs need as many run folders to resume, got {len(paths)}")
     kind = InputKind.of(TrainState.of(target, configs[0], device).parts.model, data, configs[0].batch_size, len(configs))

@@ -249,7 +249,8 @@ def stack_parts(
     stacked, own = copy.deepcopy(members[0]), [trained(m) for m in members]
     for name in own[0]:
         values = nn.Parameter(torch.stack([o[name].detach() for o in own]))
-        values.grad = torch.stack([torch.zeros_like(o[name]) if o[name].grad is None else o[name].grad for o in own])
+        grads = [o[name].grad for o in own]
+        values.grad = torch.stack([torch.zeros_like(v) if g is None else g for v, g in zip(values, grads, strict=True)])
         path, _, leaf = name.rpartition(".")
         setattr(stacked.get_submodule(path), leaf, values)
         for o, value, grad in zip(own, values.data, values.grad, strict=True):
@@ -257,7 +258,7 @@ def stack_parts(
     return stacked
 
 
-MAY_DIFFER = ("seed", "data_seed", "lr", "losses")  # between members; of the losses only numbers, none of them on in one and off in another
+MAY_DIFFER = ("seed", "data_seed", "lr", "losses")  # between members; of the losses only numbers
 SEQUENCES = ("global_shared_transformer", "global_reverse_residual")  # their norms know no run axis
 
 
@@ -267,11 +268,10 @@ def check_members(configs: Sequence[DecomposeConfig]) -> None:
     for c in configs[1:]:
         for name in type(first).model_fields:
             if name not in MAY_DIFFER and getattr(c, name) != getattr(first, name):
-                raise ValueError(
-                    f"runs side by side may differ in {MAY_DIFFER}, but {name} is {getattr(first, name)!r} and {getattr(c, name)!r}"
-                )
-        alike = c.losses.replace(**numbers_of(first))
-        if alike != first.losses or any((c.losses.coefficients()[n] == 0) != (v == 0) for n, v in first.losses.coefficients().items()):
+                values = f"{getattr(first, name)!r} and {getattr(c, name)!r}"
+                raise ValueError(f"runs side by side may differ in {MAY_DIFFER}, but {name} is {values}")
+        used, here = first.losses.coefficients(), c.losses.coefficients()
+        if c.losses.replace(**numbers_of(first)) != first.losses or any((here[n] == 0) != (used[n] == 0) for n in used):
             raise ValueError("runs side by side must use the same losses; only coefficients, p and gamma may differ")
     if len(configs) > 1 and first.ci_fn.kind in SEQUENCES:
         raise ValueError(f"runs side by side cannot have ci_fn kind {first.ci_fn.kind!r}; run them one after another")
@@ -315,12 +315,17 @@ class Stack:
         device = states[0].streams.data.device
         coeffs = [s.config.losses.coefficients() for s in states]
         self.coeffs = {n: each_or_one([c[n] for c in coeffs], device) for n in coeffs[0]}
-        shapes = [s.config.losses.importance_minimality for s in states]
-        self.shape = lambda step: each_or_one([i.shape_at(step, s.config.steps) for i, s in zip(shapes, states, strict=True)], device)
+        imps = [s.config.losses.importance_minimality for s in states]
+        self.shape = lambda step: each_or_one([i.shape_at(step, self.config.steps) for i in imps], device)
 
-    def batch_losses(self, streams: Sequence[Streams], step: int) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
-        "Losses of one freshly drawn batch, causal importances, weight of each row; with several members, an axis of them in front."
-        batches = [draw_batch(self.data, s.config, s.parts.Cs, own, self.kind) for s, own in zip(self.states, streams, strict=True)]
+    def batch_losses(
+        self,
+        streams: Sequence[Streams],  # one per member
+        step: int,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:  # with several members, an axis of them in front
+        "Losses of one freshly drawn batch, causal importances, weight of each row."
+        Cs = self.parts.Cs
+        batches = [draw_batch(self.data, s.config, Cs, own, self.kind) for s, own in zip(self.states, streams, strict=True)]
         batch = batches[0] if len(batches) == 1 else stack_trees(batches)
         losses, ci = self.losses(
             self.parts.model, self.parts.ci_fns, batch.x, batch.weight, batch.noise, self.config, self.shape(step), batch.tilt,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Status', 'MAX_FAITHFULNESS', 'MAX_SUM_RECON', 'MIN_MMCS', 'MIN_COSINE', 'RATIO_TOL', 'SLOPE_TOL', 'L0_RANGE',
-           'GroundTruth', 'solution_errors', 'contributions', 'measure', 'Criterion', 'Verdict', 'judge', 'plant',
-           'random_control', 'svd_control', 'try_out', 'Verdicts']
+           'GroundTruth', 'solution_errors', 'contributions', 'measure', 'upstream_names', 'Criterion', 'Verdict',
+           'judge', 'plant', 'random_control', 'svd_control', 'try_out', 'Verdicts']
 
 # %% ../nbs/06_verdict.ipynb #4a99714e
 import copy
@@ -23,11 +23,14 @@ from .importance import CI, CIFunctions
 from .losses import faithfulness, output_divergence
 from spd.metrics import (
     alive,
+    ce_kl_under_masks,
     ci_l0,
     ci_tables,
     component_contributions,
     correlation,
+    count_dead,
     dense_ci_error,
+    firing_rate,
     identity_ci_error,
     match_features,
     neuron_contributions,
@@ -43,6 +46,7 @@ class GroundTruth(Config):
     identity: dict[str, int] = Field(default={}, description="site -> n: one component per feature")
     dense: dict[str, int] = Field(default={}, description="site -> k: k components that together are one mechanism")
     feature_probability: float | None = Field(default=None, description="chance of each feature, fixes the expected L0")
+    l0: dict[str, float] = Field(default={}, description="site -> expected L0, where it is not the number of active features")
     columns: str | None = Field(default=None, description="site whose weight has a feature per column (MMCS, ML2R)")
     ml2r_tol: float = Field(default=0.03, gt=0, description="ML2R may differ from 1 by this much")
     blocks: tuple[tuple[str, str], ...] = Field(default=(), description="(read-in, read-out) sites of each MLP layer")
@@ -104,6 +108,19 @@ def contributions(
     return torch.stack(of_target), torch.stack(of_components)
 
 # %% ../nbs/06_verdict.ipynb #83c0d118
+def _under_masks(model, x, out, ci, generator, kind="mse", delta=True) -> dict[str, Any]:
+    if kind == "kl" and not x.is_floating_point() and x.ndim == 2 and out.shape[:-1] == x.shape:
+        ce_kl = ce_kl_under_masks(model, x, out, ci, generator, delta)
+        return {"recon": ce_kl["kl"], "ce_kl": ce_kl}
+    return {"recon": recon_under_masks(model, x, out, ci, generator, kind, delta)}
+
+
+def _mean(each: list[Any]) -> Any:  # of equally nested numbers
+    if isinstance(each[0], dict):
+        return {k: _mean([e[k] for e in each]) for k in each[0]}
+    return sum(each) / len(each)
+
+
 @torch.no_grad()
 def measure(
     model: ComponentModel,
@@ -115,22 +132,27 @@ def measure(
     n_batches: int = 5,  # batches
     threshold: float = 0.1,  # a component is active above this causal importance
     **recon,  # `kind` and `delta` of `recon_under_masks`
-) -> dict[str, Any]:  # nested numbers, JSON-ready, plus "mean_ci" and "alive" as tensors under "_tensors"
+) -> dict[str, Any]:  # nested numbers, JSON-ready, plus "mean_ci", "rate" and "alive" as tensors under "_tensors"
     "All numbers the verdict needs."
     each, per_batch = [], []
     for _ in range(n_batches):
         x = data(batch_size, generator)
         out, inputs = model.clean(x)
         per_batch.append(ci_fns(model, inputs).lower)
-        each.append(recon_under_masks(model, x, out, per_batch[-1], generator, **recon))
+        each.append(_under_masks(model, x, out, per_batch[-1], generator, **recon))
     ci = {n: torch.cat([b[n].flatten(0, -2) for b in per_batch]) for n in model.sites}
     is_alive = {n: alive(c, threshold) for n, c in ci.items()}
     numbers: dict[str, Any] = {
         "faithfulness": faithfulness(model).item(),
-        "recon": {k: sum(e[k] for e in each) / n_batches for k in each[0]},
+        **_mean(each),
         "l0": {n: ci_l0(c, threshold) for n, c in ci.items()},
         "n_alive": {n: int(a.sum()) for n, a in is_alive.items()},
-        "_tensors": {"alive": is_alive, "mean_ci": {n: c.mean(0) for n, c in ci.items()}},
+        "n_dead": {n: count_dead(c, threshold) for n, c in ci.items()},
+        "_tensors": {
+            "alive": is_alive,
+            "mean_ci": {n: c.mean(0) for n, c in ci.items()},
+            "rate": {n: firing_rate(c, threshold) for n, c in ci.items()},
+        },
     }
     only_alive = {n: Mask(is_alive[n].to(g.dtype).expand_as(g)) for n, g in per_batch[-1].items()}
     numbers["recon"]["alive"] = output_divergence(model(x, only_alive), out, recon.get("kind", "mse")).item()
@@ -150,6 +172,29 @@ def _against_truth(model, ci_fns, truth: GroundTruth, is_alive) -> dict[str, Any
         numbers["contribution_correlation"] = correlation(of_target, of_components)
         numbers["contribution_slope"] = slope(of_target, of_components)
     return numbers
+
+# %% ../nbs/06_verdict.ipynb #f54c63a7
+_MASKS = {  # our name of a mask -> the reference's
+    "ci": "ci_masked", "unmasked": "unmasked", "stochastic": "stoch_masked", "random": "random_masked",
+    "rounded": "rounded_masked", "zero": "zero_masked",
+}  # fmt: skip
+_LOSSES = {"stochastic": "StochasticReconLoss", "ci": "CIMaskedReconLoss", "unmasked": "UnmaskedReconLoss"}
+
+
+def upstream_names(
+    numbers: dict[str, Any],  # from `measure`
+    threshold: float = 0.1,  # the one given to `measure`
+) -> dict[str, float]:  # "<section>/<name>" -> number
+    "What `measure` found, under the names that the reference implementation logs."
+    found = {"loss/FaithfulnessLoss": numbers["faithfulness"]}
+    found |= {f"loss/{name}": numbers["recon"][mask] for mask, name in _LOSSES.items()}
+    found |= {f"l0/{threshold}_{site}": v for site, v in numbers["l0"].items()}
+    found |= {f"target_solution_error/{k}": v for k, v in numbers.get("target_solution_error", {}).items()}
+    for quantity, values in numbers.get("ce_kl", {}).items():
+        if quantity != "ce":
+            shown = _MASKS if quantity == "kl" else [m for m in _MASKS if m != "zero"]
+            found |= {f"ce_kl/{quantity}_{_MASKS[m]}": values[m] for m in shown}
+    return found
 
 # %% ../nbs/06_verdict.ipynb #485a7375
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE"]
@@ -221,7 +266,8 @@ def _truth_criteria(numbers: dict[str, Any], truth: GroundTruth) -> list[Criteri
         found.append(c if c.status == "PASS" else c.model_copy(update={"reason": f"{c.reason}; {loose} off by > 0.2"}))
         found.append(_criterion(f"{site} alive", numbers["n_alive"][site], lambda v, n=n: v == n, f"exactly {n}"))
     for site, n in truth.identity.items() if truth.feature_probability else ():
-        low, high = (share * n * (truth.feature_probability or 0) for share in L0_RANGE)
+        expected = truth.l0.get(site, n * (truth.feature_probability or 0))
+        low, high = (share * expected for share in L0_RANGE)
         within = lambda v, low=low, high=high: low <= v <= high
         found.append(_criterion(f"{site} L0", numbers["l0"][site], within, f"{low:.3g} to {high:.3g}"))
     near = lambda tol: lambda v: abs(v - 1) <= tol

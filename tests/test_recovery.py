@@ -9,7 +9,8 @@ from spd.verdict import try_out
 
 
 def assert_ideal_passes(experiment, target):
-    verdict = try_out(*experiment.ideal(target), target.config.data(), experiment.ground_truth(target.config))
+    model, ci_fns = experiment.ideal(target)
+    verdict = try_out(model, ci_fns, target.config.data(), experiment.ground_truth(target.config))
     assert verdict.status == "PASS", verdict
 
 
@@ -17,7 +18,7 @@ def assert_ideal_passes(experiment, target):
 def test_tms_5_2_is_found(tmp_path):
     config = tms.PRESETS["default"]["tms_5-2"]
     target = trained_target(tms.TMS, tms.TARGETS["tms_5-2"], tms.train_tms, tms.check_tms)
-    truth = tms.ground_truth(target.config)
+    truth = tms.ground_truth(target.config, target)
     run = decompose(target, target.config.data(), config, truth, out_dir=tmp_path, progress=False)
     assert run.verdict.status == "PASS", run.verdict
 
