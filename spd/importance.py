@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .components import ComponentModel, Product, module_key
+from .components import ComponentModel, Product, module_key, times
 from .config import CIFn
 
 # %% ../nbs/02_importance.ipynb #3df2c845
@@ -148,7 +148,8 @@ class PerComponentMLP(nn.Module):
     def forward(self, h: Tensor) -> Tensor:  # [..., C] -> [..., C]
         lead, (w1, b1, w2) = self.b2.ndim - 1, (self.w1, self.b1, self.w2)
         if torch.compiler.is_compiling():  # a compiler fuses the formula itself
-            return (F.gelu(h.unsqueeze(-2) * w1.mT + b1.mT) * w2.mT).sum(-2) + self.b2.unsqueeze(-2)
+            w1, b1, w2 = (w.squeeze(-2).unsqueeze(-3) for w in (w1, b1, w2))  # [1, H, C]
+            return (F.gelu(h.unsqueeze(-2) * w1 + b1) * w2).sum(-2) + self.b2.unsqueeze(-2)
         flat = h.flatten(lead, -2)
         flat, *weights = (flat, w1, b1, w2) if lead else (t[None] for t in (flat, w1, b1, w2))
         return _PerComponentMLP.apply(flat, *weights).reshape(h.shape) + self.b2.unsqueeze(-2)
@@ -168,7 +169,8 @@ class VectorMLP(nn.Module):
 
     def first(self, x: Tensor | Product) -> Tensor:  # [..., d_in] -> [..., C, H]
         w = self.weights[0]  # [C, d_in, H]
-        return (x @ w.transpose(-3, -2).flatten(-2)).unflatten(-1, (w.shape[-3], -1)) + self.biases[0].unsqueeze(-3)
+        z = times(x, w.transpose(-3, -2).flatten(-2))
+        return z.unflatten(-1, (w.shape[-3], -1)) + self.biases[0].unsqueeze(-3)
 
     def forward(self, x: Tensor | Product) -> Tensor:  # [..., d_in] -> [..., C]
         z = self.first(x)
@@ -203,8 +205,8 @@ class SharedMLP(nn.Module):
     def forward(self, x: Tensor | Product) -> Tensor:  # [..., d_in] -> [..., C]
         layers = list(zip(self.weights, self.biases, strict=True))
         for w, b in layers[:-1]:
-            x = F.gelu(x @ w + b.unsqueeze(-2))
-        return x @ layers[-1][0] + layers[-1][1].unsqueeze(-2)
+            x = F.gelu(times(x, w) + b.unsqueeze(-2))
+        return times(x, layers[-1][0]) + layers[-1][1].unsqueeze(-2)
 
 # %% ../nbs/02_importance.ipynb #0092c86f
 class Joined:
@@ -213,9 +215,9 @@ class Joined:
     def __init__(self, parts: Sequence[Tensor | Product]):  # each [..., d_i]
         self.parts = parts
 
-    def __matmul__(self, W: Tensor) -> Tensor:  # [..., d_1 + ...] @ [d_1 + ..., n] -> [..., n]
+    def times(self, W: Tensor) -> Tensor:  # [..., d_1 + ...], [d_1 + ..., n] -> [..., n]
         parts = W.split([x.shape[-1] for x in self.parts], -2)
-        return reduce(add, (x @ w for x, w in zip(self.parts, parts, strict=True)))
+        return reduce(add, (times(x, w) for x, w in zip(self.parts, parts, strict=True)))
 
 
 def by_site(

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ..components import ComponentModel, Product, WideLinear, match_modules
+from ..components import ComponentModel, Product, WideLinear, match_modules, times
 from ..config import Config, DecomposeConfig, Schedule, SparseFeatures, make_generator
 from ..files import progress_bar
 from ..importance import CI
@@ -144,7 +144,7 @@ class ResidMLP(nn.Module):
         stream = Product((x, self.W_E))
         for layer in self.layers:
             stream = stream + layer(stream)
-        return stream @ self.W_U
+        return times(stream, self.W_U)
 
 
 def labels(x: Tensor) -> Tensor:

@@ -123,7 +123,9 @@ def _preset(C: int, identity: bool, imp: float, p: float, **more) -> DecomposeCo
 
 
 _PAPER = {"init": "projected", "use_delta_component": False, "steps": 40_000, "lr": {"start": 1e-3, "fn": "quarter_cosine"}}
-_OURS = {"init": "data", "faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "lr": {"start": 1e-3, "fn": "cosine"}}
+_OURS = {
+    "init": "data", "faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "lr": {"start": 1e-3, "fn": "cosine"}, "batch_size": 256
+}  # fmt: skip
 PRESETS: dict[str, dict[str, DecomposeConfig]] = {
     "paper": {
         "tms_5-2": _preset(20, False, 3e-3, 1.0, **_PAPER),
