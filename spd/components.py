@@ -72,7 +72,7 @@ def form(x: "Tensor | Product") -> Tensor:
 
 def times(x: "Tensor | Product", W: Tensor) -> Tensor:  # [..., d], [d, n] -> [..., n]
     "x W."
-    return x @ W if isinstance(x, Tensor) else x.times(W)
+    return x.times(W) if hasattr(x, "times") else x @ W
 
 # %% ../nbs/01_components.ipynb #ba3ad1d6
 class WideLinear(nn.Linear):
