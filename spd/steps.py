@@ -312,11 +312,16 @@ class Stack:
         "Go on with these members only."
         self.states, self.config = list(states), states[0].config
         self.parts = states[0].parts if len(states) == 1 else stack_parts([s.parts for s in states])
-        device = states[0].streams.data.device
+        device = self.device = states[0].streams.data.device
         coeffs = [s.config.losses.coefficients() for s in states]
         self.coeffs = {n: each_or_one([c[n] for c in coeffs], device) for n in coeffs[0]}
-        imps = [s.config.losses.importance_minimality for s in states]
-        self.shape = lambda step: each_or_one([i.shape_at(step, self.config.steps) for i in imps], device)
+
+    def shape(self, step: int) -> float | Tensor:
+        "The shape of importance minimality; for a compiler one that changes is a tensor, as a number would be a constant to it."
+        imps, n = [s.config.losses.importance_minimality for s in self.states], self.config.steps
+        value = each_or_one([i.shape_at(step, n) for i in imps], self.device)
+        changes = self.losses is not step_losses and any(i.shape_at(0, n) != i.shape_at(n, n) for i in imps)
+        return torch.as_tensor(value, device=self.device) if changes else value
 
     def batch_losses(
         self,

@@ -41,6 +41,7 @@ class ToyParameters(Tracking):
     target_seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = Field(default=1, ge=1)
+    compile: Literal["auto", "on", "off"] = "auto"
     out_dir: str | None = None
 
     @field_validator("C", mode="before")

@@ -1,0 +1,59 @@
+"""torch.compile: the same numbers, and a way on where it fails."""
+
+import pytest
+import torch
+
+from spd.decompose import decompose, step_function
+from spd.experiments import tms
+from spd.steps import InputKind, Stack, TrainState
+
+CONFIG = tms.PRESETS["default"]["tms_5-2"].replace(steps=1000, faithfulness_warmup__steps=20)
+ANNEALED = {"losses__importance_minimality__p": 2.0, "losses__importance_minimality__final_p": 1.0}
+
+
+@pytest.mark.parametrize(
+    "changes, steps",
+    [({}, 1000), (ANNEALED, 100)],  # at p = 2 gradients vanish, and Adam makes rounding errors of dead components large
+)
+def test_compiled_steps_are_the_eager_ones(changes, steps):
+    torch._dynamo.reset()
+    target, config, stacks = tms.TMS(tms.TARGETS["tms_5-2"]), CONFIG.replace(**changes), []
+    data = target.config.data()
+    for compile in ("off", "on"):
+        state = TrainState.of(target, config)
+        state.start(data)
+        kind = InputKind.of(state.parts.model, data, config.batch_size)
+        stacks.append(Stack([state], data, kind, step_function(compile, "cpu")))
+    for _ in range(steps):
+        for stack in stacks:
+            stack.gradients()
+            stack.update()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs < 8  # something was compiled, and not anew for every value of a schedule
+    for eager, compiled in zip(*(s.parts.parameters() for s in stacks), strict=True):
+        torch.testing.assert_close(eager, compiled, atol=1e-5, rtol=0)
+
+
+def test_a_compiler_that_fails_is_given_up_with_a_message(tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        def fail(*_, **__):
+            raise RuntimeError("no C++ compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    target = tms.TMS(tms.TARGETS["tms_5-2"])
+    short = CONFIG.replace(steps=3, eval_batch_size=64)
+    run = decompose(target, target.config.data(), short, out_dir=tmp_path, compile="on", progress=False)
+    assert (
+        "torch.compile failed (RuntimeError), so steps are not compiled: no C++ compiler here"
+        in capsys.readouterr().out
+    )
+    assert run.folder.status()["state"] == "finished"
+
+
+def test_compile_is_on_off_or_auto(tmp_path):
+    target = tms.TMS(tms.TARGETS["tms_5-2"])
+    with pytest.raises(ValueError, match="must be 'auto', 'on' or 'off', got 'yes'"):
+        decompose(target, target.config.data(), CONFIG, out_dir=tmp_path, compile="yes")
+    assert not list(tmp_path.iterdir())
