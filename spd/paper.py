@@ -418,22 +418,23 @@ def plot_success(
     wrong: Mapping[str, Sequence[tuple[int, int]]] = UPSTREAM_WRONG,  # experiment -> (wrong, tried), what others found
 ) -> "Figure":
     "Share of seeds that come out right, with 95 % intervals, beside our goals and what was reported of the reference."
-    rows = [(r["experiment"], r["preset"], r["PASS"], r["runs"]) for r in table]
-    names = list(dict.fromkeys(r[0] for r in rows))
-    fig, (ax,) = panels(["share of seeds that PASS, with 95 % Wilson intervals"], 0.9 + 0.5 * len(names), width=7)
-    rows += [(w, "reference", n - k, n) for w in names for k, n in wrong.get(w, ())]
-    looks = {"paper": (-0.22, COLORS[2], "s"), "default": (0.0, COLORS[1], "o"), "reference": (0.22, "0.55", "D")}
-    for which, kind, k, n in rows:
-        shift, color, marker = looks[kind]
-        (low, high), y = wilson(k, n), names.index(which) + shift
-        ax.plot([low, high], [y, y], color=color, linewidth=1.6)
-        ax.plot(k / n, y, marker, color=color, markersize=5)
-        ax.annotate(f"{k}/{n}", (1.02, y), color=color, fontsize=SMALL - 1, va="center", annotation_clip=False)
+    bars = [(r["experiment"], r["preset"], r["PASS"], r["runs"]) for r in table]
+    names = list(dict.fromkeys(which for which, *_ in bars))
+    bars += [(w, "reference", n - k, n) for w in names for k, n in wrong.get(w, ())]
+    looks = {"paper": (COLORS[2], "s"), "default": (COLORS[1], "o"), "reference": ("0.55", "D")}
+    fig, (ax,) = panels(["share of seeds that PASS, with 95 % Wilson intervals"], 0.9 + 0.62 * len(names), width=7)
+    for i, which in enumerate(names):
+        mine = [b for b in bars if b[0] == which]
+        for j, (_, kind, k, n) in enumerate(mine):
+            (color, marker), y = looks[kind], i + 0.2 * (j - (len(mine) - 1) / 2)
+            ax.plot(wilson(k, n), [y, y], color=color, linewidth=1.6)
+            ax.plot(k / n, y, marker, color=color, markersize=5, clip_on=False)
+            ax.annotate(f"{k}/{n}", (1.03, y), color=color, fontsize=SMALL - 1, va="center", annotation_clip=False)
     for i, which in enumerate(names):
         ax.plot([GOALS[which].k / GOALS[which].n] * 2, [i - 0.4, i + 0.4], color="0.2", linewidth=1, linestyle=":")
-    for kind in dict.fromkeys(r[1] for r in rows):
+    for kind in dict.fromkeys(kind for _, kind, *_ in bars):
         label = "goodfire-ai/spd, as reported" if kind == "reference" else f"preset {kind}"
-        ax.plot([], [], looks[kind][2], color=looks[kind][1], markersize=5, label=label)
+        ax.plot([], [], looks[kind][1], color=looks[kind][0], markersize=5, label=label)
     ax.plot([], [], ":", color="0.2", linewidth=1, label="goal")
     ax.set(xlim=(0, 1.01), ylim=(len(names) - 0.5, -0.5), yticks=range(len(names)), yticklabels=names)
     fig.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=SMALL)
