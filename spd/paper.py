@@ -281,10 +281,10 @@ Member = tuple[str, int, int]  # fingerprint, target seed, seed
 
 def find_members(
     root: str | Path,  # a folder of run folders
-) -> dict[Member, Path]:  # the newest folder of each
+) -> dict[Member, Path]:  # the newest folder of each, if possible of a run that has ended
     "The runs of our toys in a folder, ended or not."
     found = {}
-    for path in run_folders(root):
+    for path in sorted(run_folders(root), key=lambda p: (p / "summary.json").exists()):
         try:
             configs = asked(SavedRun(path))
         except (DamagedFile, UnknownSchema, FileNotFoundError):
@@ -408,7 +408,7 @@ def success_table(
         table.append({
             "experiment": which, "preset": preset, "PASS": statuses.count("PASS"), "runs": len(runs), "from": low, "to": high,
             "unsure": statuses.count("INCONCLUSIVE"), "goal": str(goal),
-            "met by target": ", ".join(f"{sum(g)}/{len(g)}" for g in by_target), "reached": met if enough else f"{met}, so far",
+            "met, by target": ", ".join(f"{sum(g)}/{len(g)}" for g in by_target), "reached": met if enough else f"{met}, so far",
         })  # fmt: skip
     return table
 
