@@ -210,12 +210,13 @@ def read_row(
     target, config = configs
     numbers, origin = run.summary().get("numbers", {}), read_json(run.path / "provenance.json")
     errors = {k: v for k, v in numbers.get("target_solution_error", {}).items() if not k.startswith("total")}
-    spread = feature_spread(load_run(path)) if "mmcs" in numbers else {}
+    spread = feature_spread(load_run(path)) if "mmcs" in numbers and run.checkpoints() else {}
+    commit = (origin["git"]["commit"] or "")[:7] + "+" * origin["git"]["dirty"]
     row: dict[str, Any] = dict(zip(("experiment", "preset", "changes"), known[name], strict=True)) | {
         "target_seed": target.model_dump()["seed"], "seed": config.seed, "verdict": ended[0], "reason": ended[1],
         "mmcs": numbers.get("mmcs"), "ml2r": numbers.get("ml2r"), "correlation": numbers.get("contribution_correlation"),
         "ci_errors": listed(errors), "alive": listed(numbers.get("n_alive", {})), "steps": config.steps,
-        "device": origin.get("device"), "commit": (origin["git"]["commit"] or "")[:7], "settings": name, "run": run.path.name,
+        "device": origin.get("device"), "commit": commit, "settings": name, "run": run.path.name,
     }  # fmt: skip
     return {k: (row | spread).get(k) for k in COLUMNS}
 
@@ -472,9 +473,10 @@ def table_1(
         runs = [r for r in of(rows, which, "paper") if r[name] is not None]
         values = [r[name] for r in runs]
         spd, apd = published[name]
+        one = [str(Published(r[name], r[f"{name}_spread"])) for r in runs if r[f"{name}_spread"] is not None]
         table.append({
             "experiment": which, "": name.upper(),
-            "one run, ± over features": str(Published(values[0], runs[0][f"{name}_spread"])) if runs else "",
+            "one run, ± over features": next(iter(one), ""),
             "all runs, ± over runs": str(Published(statistics.mean(values), statistics.stdev(values))) if len(runs) > 1 else "",
             "runs": len(runs), "published": str(spd), "published for APD": str(apd or "fails"),
         })  # fmt: skip
