@@ -22,7 +22,7 @@ from .components import ComponentModel, Product, form
 from .decompose import Decomposition, load_run
 from .experiments.resid_mlp import PRESETS, TARGETS, ResidMLP, ResidMLPConfig, check_resid_mlp, labels, train_resid_mlp
 from .figures import to_numpy
-from .importance import PER_COMPONENT, CIFunctions, PerComponentMLP
+from .importance import PER_COMPONENT, CIFunctions
 from .masks import ci_masks, unmasked
 from .run_data import find_run, is_ours
 from .targets import trained_target
@@ -92,7 +92,7 @@ _TOY = TARGETS[2].replace(
 )  # fmt: skip
 
 
-def _grow_with_h(net: PerComponentMLP, slope: float, used: int, beta: float = 50.0) -> None:
+def _grow_with_h(net: Any, slope: float, used: int, beta: float = 50.0) -> None:
     "raw = slope |h| - OFFSET, from gelu(beta h) + gelu(-beta h); what is not used stays below."
     net.w1.copy_(torch.tensor([beta, -beta])[:, None, None].expand_as(net.w1))
     net.w2.fill_(slope / beta)
@@ -152,8 +152,9 @@ def run_inputs(
     "Everything the target and its components make of a batch."
     model, target, ci_fns = subject.model, subject.target, subject.ci_fns
     found: dict[str, dict[str, Tensor]] = {"pre": {}, "post": {}, "write": {}}
+    layers: Any = target.layers
     stream = Product((x, target.W_E))
-    for i, layer in enumerate(target.layers):
+    for i, layer in enumerate(layers):
         pre = found["pre"][f"layers.{i}"] = layer.mlp_in(stream)
         post = found["post"][f"layers.{i}"] = pre.relu()
         out = layer.mlp_out(post)
@@ -281,7 +282,7 @@ def component_table(
     rows, m = [], to_numpy(swept.magnitudes)
     for site, g in swept.lower.items():
         g = to_numpy(g[i])
-        up, top = upward(m, g), {"max_ci": g.max(0), "at": m[g.argmax(0)]}
-        found = {"class": classify_components(m, g, threshold)} | top | {"onset": crossing(*up, threshold)}
+        (up, g_up), top = upward(m, g), {"max_ci": g.max(0), "at": m[g.argmax(0)]}
+        found = {"class": classify_components(m, g, threshold)} | top | {"onset": crossing(up, g_up, threshold)}
         rows.append(pd.DataFrame({"site": site, "component": np.arange(g.shape[1])} | found))
     return pd.concat(rows).sort_values("max_ci", ascending=False, kind="stable", ignore_index=True)

@@ -345,7 +345,8 @@ def save_sweep(swept: Sweep, p: Parameters, folder: Path) -> list[Path]:
     for i, f in enumerate(swept.features):
         files |= {f"{name}.png": png(draw(), p.dpi) for name, draw in figures(swept, i, p).items()}
         one = Sweep((f,), swept.magnitudes, *({k: v[i : i + 1] for k, v in d.items()} for d in swept[2:]))
-        np.savez_compressed(curves := BytesIO(), **one.arrays())
+        arrays: Any = one.arrays()
+        np.savez_compressed(curves := BytesIO(), **arrays)
         files[f"sweep_feature_{f}.npz"] = curves.getvalue()
         files[f"neurons_feature_{f}.csv"] = neuron_table(swept, i, p.pre_activation).to_csv(index=False).encode()
         files[f"components_feature_{f}.csv"] = component_table(swept, i, p.ci_threshold).to_csv(index=False).encode()
