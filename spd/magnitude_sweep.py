@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import psutil
-import torch
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -28,7 +27,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from .config import Config, unknown_names
-from .curves import Subject, Sweep, check_memory, component_table, known_toy, neuron_table, open_resid_mlp, sweep
+from .curves import Subject, Sweep, check_memory, component_table, known_toy, neuron_table, open_resid_mlp, spaced, sweep
 from .figures import COLORS, COMPONENT, SMALL, TARGET, panels, to_numpy
 from .files import runs_root, write_atomic
 
@@ -75,10 +74,7 @@ class Parameters(Config):
 
     def magnitudes(self) -> Tensor:  # [S]
         "Evenly spaced, both ends included."
-        if self.symmetric:
-            half = self.n_steps // 2
-            return torch.arange(-half, half + 1) * (self.max_magnitude / half)
-        return torch.linspace(self.min_magnitude, self.max_magnitude, self.n_steps)
+        return spaced(self.n_steps, self.max_magnitude, self.min_magnitude, self.symmetric)
 
 # %% ../nbs/30_magnitude_sweep.ipynb #3203bfe3
 class Block(NamedTuple):
