@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parameters', 'runs_to_pick', 'app']
 
-# %% ../nbs/30b_magnitude_app.ipynb #7687567a
+# %% ../nbs/30b_magnitude_app.ipynb #db118ef1
 import json
 from typing import Literal
 
@@ -18,7 +18,7 @@ from .files import DamagedFile
 from .magnitude_widget import MagnitudeWidget
 from .run_data import list_runs
 
-# %% ../nbs/30b_magnitude_app.ipynb #19cb9e8b
+# %% ../nbs/30b_magnitude_app.ipynb #e2b4d935
 class Parameters(Config):
     "Parameters of this notebook."
 
@@ -35,7 +35,7 @@ class Parameters(Config):
     def _several(cls, value):
         return json.loads(value) if isinstance(value, str) else value  # papermill -p passes a list as text
 
-# %% ../nbs/30b_magnitude_app.ipynb #45f924a1
+# %% ../nbs/30b_magnitude_app.ipynb #ce27899e
 def runs_to_pick() -> dict[str, str]:  # what to show -> run path
     "Finished ResidMLP runs in `runs_root()`, newest first."
     table = list_runs()

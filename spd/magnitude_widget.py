@@ -231,7 +231,7 @@ function render({ model, el }) {
       make(
         "div",
         { className: "chips" },
-        `ablate in ${site.site}:`,
+        make("span", { textContent: `ablate in ${site.site}:` }),
         ...site.active
           .slice(0, 24)
           .map((c) =>
@@ -243,7 +243,7 @@ function render({ model, el }) {
               onclick: () => toggle(c.key),
             }),
           ),
-        ...(site.active.length ? [] : ["none active"]),
+        ...(site.active.length ? [] : [make("span", { textContent: "none active" })]),
       ),
     );
     if (s.off.size) rows[rows.length - 1].append(restore);
@@ -313,11 +313,12 @@ class MagnitudeWidget(anywidget.AnyWidget):
         super().__init__(_data=pack(subject, sweep(subject, chosen, magnitudes)), **({"feature": chosen[0]} | state))
 
     def show(self, subject: Subject) -> None:
-        "Sweep another model, all of its features."
-        data = pack(subject, sweep(subject, range(subject.target.config.n_features), self.magnitudes))
+        "Sweep another model, all of its features; what was ablated is not."
+        n = subject.target.config.n_features
+        data = pack(subject, sweep(subject, range(n), self.magnitudes))
         self.subject = subject
         with self.hold_sync():
-            self.feature, self.layer, self.ablated, self._data = 0, 0, [], data
+            self.feature, self.ablated, self._data = min(self.feature, n - 1), [], data
 
     def _repr_mimebundle_(self, **kwargs) -> Any:
         "With words for places that cannot show widgets."

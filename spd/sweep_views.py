@@ -286,7 +286,8 @@ function overlay(page, scene, width) {
   const lines = neurons.flatMap((c) => c.lines.slice(0, 1)),
     plot = (row, column, lines, options) =>
       page.plot(box(row, column), lines, {
-        ylim: limits(lines.map((l) => l.y)),
+        ylim: lines.length ? limits(lines.map((l) => l.y)) : [0, 1],
+        labels: [lines.length > 0, true],
         weight: "600",
         size: 11,
         cursor,
@@ -294,7 +295,7 @@ function overlay(page, scene, width) {
       });
   plot(0, 0, lines, { title: label });
   plot(0, 1, outputLines(scene), { title: `output ${f}` });
-  plot(0, 2, adds, { title: `${scene.data.layers[scene.layer]} adds to the outputs (blue: ${f})` });
+  plot(0, 2, adds, { title: `this layer adds (blue: to output ${f})` });
   sites.forEach((site, k) =>
     KINDS.forEach(([kind, name], column) =>
       plot(k + 1, column, siteLines(site, kind), {
