@@ -114,8 +114,8 @@ def pack(subject: Subject, swept: Sweep) -> bytes:
 JS_DATA = r"""
 const TYPES = { f4: Float32Array, u2: Uint16Array, u4: Uint32Array };
 
-function unpack(view) {
-  // a DataView -> everything `pack` put in
+function unbuffer(view) {
+  // a DataView -> what else the browser should know, with get(name) for the arrays
   const bytes = new Uint8Array(view.buffer, view.byteOffset, view.byteLength).slice();
   const length = new DataView(bytes.buffer).getUint32(0, true);
   const meta = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + length)));
@@ -127,7 +127,14 @@ function unpack(view) {
       shape.reduce((a, b) => a * b, 1),
     );
   };
-  const m = get("magnitudes"),
+  return { ...meta, get };
+}
+
+function unpack(view) {
+  // everything `pack` put in
+  const data = unbuffer(view),
+    { get } = data,
+    m = get("magnitudes"),
     S = m.length;
   const curve = (name, k) => {
     const q = get(name),
@@ -135,8 +142,8 @@ function unpack(view) {
       step = get(name + "/span")[k] / 65535;
     return Float32Array.from({ length: S }, (_, s) => low + step * q[k * S + s]);
   };
-  const layers = Array.from({ length: meta.layers }, (_, i) => "layers." + i);
-  return { ...meta, m, S, get, curve, layers };
+  const layers = Array.from({ length: data.layers }, (_, i) => "layers." + i);
+  return { ...data, m, S, curve, layers };
 }
 
 function components(data, p, site) {
