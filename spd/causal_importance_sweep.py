@@ -127,8 +127,8 @@ def plot_onsets(
         if never:
             ax.text(len(order) - 1, m[-1] * 0.95, f"{never} never", ha="right", va="top", fontsize=SMALL, color=COMPONENT)
         ax.set(xlabel="feature (sorted)", ylabel="first active at magnitude")
-        ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes[0].set_ylim(bottom=0)
     return fig
 
 # %% ../nbs/31_causal_importance_sweep.ipynb #b16c7de5
