@@ -36,6 +36,7 @@ CSS = r"""
 .spd-sweep .tabs button { border-radius: 0; }
 .spd-sweep button[aria-pressed=true] { background: #0072B2; border-color: #0072B2; color: #fff; }
 .spd-sweep label { display: inline-flex; gap: 7px; align-items: center; }
+.spd-sweep [hidden] { display: none; }
 .spd-sweep input[type=range] { width: 190px; accent-color: #0072B2; }
 .spd-sweep output { min-width: 44px; font-variant-numeric: tabular-nums; }
 .spd-sweep .said { font-variant-numeric: tabular-nums; margin-bottom: 8px; }

@@ -167,6 +167,7 @@ function renderMatrices({ model, el }) {
     pages.value = title;
     Object.assign(place, { max: now.places.length - 1, value: k });
     slider.textContent = now.slider;
+    slider.parentElement.hidden = now.places.length < 2;
     named.textContent = now.places[k];
     note.textContent = now.notes[k] || "";
     page.begin(width || 900, h + 96);
