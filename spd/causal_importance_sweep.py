@@ -145,7 +145,8 @@ def importance_widget(
         tops = g.amax(1)
         order = [c for c in match_columns(tops).tolist() if tops[:, c].max() > 0] or [0]
         stack = to_numpy(g).transpose(1, 0, 2)[:, :, order]
-        found.append(MatrixPanel(site, "feature", "component (sorted)", stack=stack, limits=(0, 1), map="Blues"))
+        look: dict[str, Any] = {"limits": (0, 1), "map": "Blues", "column_names": [str(c) for c in order]}
+        found.append(MatrixPanel(site, "feature", "component", stack=stack, **look))
     places = [f"{m:.3g}" for m in magnitudes.tolist()]
     pages = {" and ".join(shown[i : i + 2]): MatrixPage("magnitude", places, found[i : i + 2]) for i in range(0, len(found), 2)}
     return MatrixWidget(pages, name)

@@ -33,6 +33,8 @@ class MatrixPanel:
     sign: float = 1.0  # of the outer product
     limits: tuple[float, float] | None = None  # of the colours; None = as needed, 0 in the middle
     map: str = "RdBu_r"  # matplotlib's name
+    row_names: Sequence[str] = ()  # if rows are not in their own order: what to call them
+    column_names: Sequence[str] = ()  # the same for columns
 
     def shape(self) -> tuple[int, int, int]:  # K (1 if the slider changes nothing), R, C
         "Its size; ValueError if the parts do not fit."
@@ -66,6 +68,7 @@ def pack_pages(pages: Mapping[str, MatrixPage], name: str) -> bytes:
                 raise ValueError(f"panel {panel.title!r} of {title!r} has {k} matrices for {len(page.places)} places")
             told = {"title": panel.title, "rows": panel.rows, "columns": panel.columns, "R": r, "C": c, "K": k}
             told |= {"sign": panel.sign, "limits": panel.limits, "map": panel.map, "key": f"{title}/{i}"}
+            told |= {"rowNames": list(panel.row_names), "columnNames": list(panel.column_names)}
             if panel.stack is not None:
                 packer.add_curves(f"{title}/{i}/stack", panel.stack.reshape(k, -1))
             if panel.fixed is not None:
@@ -194,7 +197,9 @@ function renderMatrices({ model, el }) {
     ctx.lineWidth = 1;
     ctx.strokeRect(box.x, box.y, box.w, box.h);
     text(ctx, panel.title, box.x, box.y - 8, { size: 11.5, weight: "600" });
-    text(ctx, panel.columns, box.x + box.w / 2, box.y + box.h + 20, { size: 10, align: "center", base: "top" });
+    const sorted = (names) => (names.length ? " (sorted)" : "");
+    const under = { size: 10, align: "center", base: "top" };
+    text(ctx, panel.columns + sorted(panel.columnNames), box.x + box.w / 2, box.y + box.h + 20, under);
     const below = { size: 9, color: SOFT, align: "center", base: "top" };
     for (const c of ticks(0, C - 1, 5))
       text(ctx, short(c), box.x + ((c + 0.5) * box.w) / C, box.y + box.h + 4, below);
@@ -203,7 +208,7 @@ function renderMatrices({ model, el }) {
     ctx.save();
     ctx.translate(box.x - 32, box.y + box.h / 2);
     ctx.rotate(-Math.PI / 2);
-    text(ctx, panel.rows, 0, 0, { size: 10, align: "center" });
+    text(ctx, panel.rows + sorted(panel.rowNames), 0, 0, { size: 10, align: "center" });
     ctx.restore();
     const y = box.y + box.h + 42;
     map.forEach((c, i) => {
@@ -218,10 +223,11 @@ function renderMatrices({ model, el }) {
   canvas.onpointermove = ({ offsetX: x, offsetY: y }) => {
     const box = boxes.find((b) => x >= b.x && x < b.x + b.w && y >= b.y && y < b.y + b.h);
     if (!box) return;
-    const { R, C, rows, columns, title } = box.panel,
+    const { R, C, rows, columns, title, rowNames, columnNames } = box.panel,
       r = Math.floor(((y - box.y) / box.h) * R),
       c = Math.floor(((x - box.x) / box.w) * C);
-    said.textContent = `${title}: ${rows} ${r}, ${columns} ${c}: ${box.values[r * C + c].toPrecision(4)}`;
+    const [row, column] = [rowNames[r] ?? r, columnNames[c] ?? c];
+    said.textContent = `${title}: ${rows} ${row}, ${columns} ${column}: ${box.values[r * C + c].toPrecision(4)}`;
   };
   said.textContent = "Point at an entry to read its value.";
   place.oninput = () => set("place", Number(place.value));

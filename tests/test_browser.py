@@ -1,5 +1,6 @@
-"""The magnitude widget in a real browser: as a file, in JupyterLab and under Voilà, numbers on screen against PyTorch."""
+"""The widgets in a real browser: as files, in JupyterLab and under Voilà, numbers on screen against PyTorch."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from browser import ASK_KERNEL, CHROMIUM, FLAGS, LAB, RUN_ALL, Widget, serving
 
+from spd.component_viewer import component_sizes, component_widget, factors
 from spd.curves import Subject, known_toy, sweep
 from spd.decompose import decompose
 from spd.experiments.resid_mlp import PRESETS
@@ -144,6 +146,26 @@ def test_dragging_is_smooth(page, toy, tmp_path):
                 tried.append(widget.frames_per_second(control))
             print(f"{view}, {control}: {tried[-1]:.0f} frames/s")
             assert tried[-1] >= 20, (view, control, tried)
+
+
+def test_the_component_viewer(page, toy, tmp_path):
+    viewer = component_widget(toy, component_sizes(toy))
+    page.goto(viewer.save_html(tmp_path / "components.html").as_uri())
+    widget = Widget(page)
+    own = component_sizes(toy).query("site == 'layers.0.mlp_in'")
+    before = widget.picture()
+    assert widget.put("place", 7).picture() != before
+    row = own.iloc[7]
+    assert widget.control("place").evaluate("(e) => e.nextSibling.textContent") == str(row.component)
+    assert f"largest importance 1.00, for feature {row.feature}" in widget.words()
+    box = widget.control("canvas").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 120, box["y"] + 100)
+    said = widget.root.locator("[data-value='entry']").inner_text()
+    neuron, feature, value = re.findall(r" (-?\d\S*?)(?=,|$)", said)
+    expected = factors(toy, "layers.0.mlp_in").components()[row.component, int(neuron), int(feature)].item()
+    assert float(value) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    page.screenshot(path=tmp_path / "components.png")
 
 
 def places(tmp_path: Path) -> dict[str, str]:
