@@ -162,7 +162,7 @@ def test_the_component_viewer(page, toy, tmp_path):
     assert box is not None
     page.mouse.move(box["x"] + 120, box["y"] + 100)
     said = widget.root.locator("[data-value='entry']").inner_text()
-    neuron, feature, value = re.findall(r" (-?\d\S*?)(?=,|$)", said)
+    ((neuron, feature, value),) = re.findall(r"component: neuron (\d+), feature (\d+): (\S+)", said)
     expected = factors(toy, "layers.0.mlp_in").components()[row.component, int(neuron), int(feature)].item()
     assert float(value) == pytest.approx(expected, rel=1e-3, abs=1e-6)
     page.screenshot(path=tmp_path / "components.png")
