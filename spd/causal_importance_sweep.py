@@ -36,7 +36,7 @@ class Parameters(Config):
     output_dir: str | None = None
     html_path: str | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    n_steps: int = Field(default=50, ge=2)
+    n_steps: int = Field(default=50, ge=2, le=1_000_000)
     max_magnitude: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     symmetric: bool = False
     ci_threshold: float = Field(default=0.1, ge=0, le=1)

@@ -164,9 +164,9 @@ def find_reference(
     if not isinstance(current.model.target, ResidMLP):
         kind = type(current.model.target).__name__
         raise ValueError(f"the parts of a {kind} are not known here; give reference_model_path, another run of it")
-    plain = ResidMLP(current.target.config).to(current.device)
+    plain = ResidMLP(current.target.config)
     plain.load_state_dict({k.replace(".original", ""): v for k, v in current.target.state_dict().items()})
-    return Subject("known parts", by_hand(plain))
+    return Subject("known parts", by_hand(plain).to(current.device))
 
 # %% ../nbs/34_compare_models.ipynb #7070dc10
 def pair_table(

@@ -15,7 +15,7 @@ import anywidget
 import numpy as np
 import traitlets
 
-from .magnitude_widget import CSS, JS_MAKE, exhibit, write_page
+from .magnitude_widget import CSS, JS_MAKE, InWords, exhibit, write_page
 from .sweep_data import JS_DATA, Packer, colour_map
 from .sweep_views import JS_DRAW
 
@@ -252,7 +252,7 @@ _CSS = "const CSS = `" + CSS + "`;"
 JS = JS_DATA + JS_DRAW + _CSS + JS_MAKE + JS_MATRICES + "\nconst render = renderMatrices;"
 
 # %% ../nbs/29d_matrix_widget.ipynb #5554643a
-class MatrixWidget(anywidget.AnyWidget):
+class MatrixWidget(InWords, anywidget.AnyWidget):
     "Heat maps with a slider, drawn in the browser."
 
     _esm = JS + "\nexport default { render };"
@@ -267,6 +267,9 @@ class MatrixWidget(anywidget.AnyWidget):
     ):
         self.name = name
         super().__init__(_data=pack_pages(pages, name), page=next(iter(pages)))
+
+    def title(self) -> str:
+        return self.name
 
     def save_html(
         self,
