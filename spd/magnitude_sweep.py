@@ -67,8 +67,7 @@ class Parameters(Config):
     def _a_range(self):
         if self.symmetric and self.min_magnitude:
             raise ValueError(f"symmetric starts at -max_magnitude; leave out min_magnitude={self.min_magnitude:g}")
-        if self.max_magnitude <= (0 if self.symmetric else self.min_magnitude):
-            low = 0 if self.symmetric else self.min_magnitude
+        if self.max_magnitude <= (low := max(0.0, self.min_magnitude)):
             raise ValueError(f"max_magnitude must be above {low:g}, got {self.max_magnitude:g}")
         return self
 

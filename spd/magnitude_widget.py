@@ -358,11 +358,16 @@ PAGE = r"""<!doctype html>
 <div id="here"></div><noscript>This page draws with JavaScript, which is switched off here.</noscript>
 <script type="module">
 SCRIPT
-const packed = new Blob([Uint8Array.from(atob("DATA"), (c) => c.charCodeAt(0))]).stream();
-const data = await new Response(packed.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
-const state = {...VALUES, _data: new DataView(data)};
-const model = {get: (k) => state[k], set: (k, v) => { state[k] = v; }, save_changes() {}, on() {}, off() {}};
-render({model, el: document.getElementById("here")});
+const here = document.getElementById("here");
+try {
+  const packed = new Blob([Uint8Array.from(atob("DATA"), (c) => c.charCodeAt(0))]).stream();
+  const data = await new Response(packed.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+  const state = {...VALUES, _data: new DataView(data)};
+  const model = {get: (k) => state[k], set: (k, v) => { state[k] = v; }, save_changes() {}, on() {}, off() {}};
+  render({model, el: here});
+} catch (e) {
+  here.append("This page cannot be drawn by this browser: " + e);
+}
 </script></body></html>
 """
 
