@@ -72,7 +72,8 @@ def form(x: "Tensor | Product") -> Tensor:
 
 def times(x: "Tensor | Product", W: Tensor) -> Tensor:  # [..., d], [d, n] -> [..., n]
     "x W."
-    return x.times(W) if hasattr(x, "times") else x @ W
+    own = getattr(x, "times", None)  # of a Product, or of what else can be multiplied without being formed
+    return x @ W if own is None else own(W)
 
 # %% ../nbs/01_components.ipynb #ba3ad1d6
 class WideLinear(nn.Linear):
