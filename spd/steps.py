@@ -356,8 +356,8 @@ class Stack:
     def keep(self, states: Sequence[TrainState]) -> None:
         "Go on with these members only."
         self.states, self.config = list(states), states[0].config
-        self.parts = states[0].parts if len(states) == 1 else stack_parts([s.parts for s in states])
         self.sources = states[0].sources if len(states) == 1 else stack_trees([s.sources for s in states])
+        self.parts = states[0].parts if len(states) == 1 else stack_parts([s.parts for s in states])
         device = states[0].streams.data.device
         coeffs = [s.config.losses.coefficients() for s in states]
         self.coeffs = {n: each_or_one([c[n] for c in coeffs], device) for n in coeffs[0]}
