@@ -32,7 +32,7 @@ from .losses import step_losses
 from .metrics import ci_l0, compute_miracle_distance
 from .run_data import find_run
 from .runs import RunFolder, flat
-from .steps import Decomposition, InputKind, Stack, Streams, TrainState, check_members, grad_norm
+from .steps import Decomposition, InputKind, Stack, Streams, TrainState, check_members, check_rows, grad_norm
 from .targets import describe, rebuild
 from .tracking import Tracking, check_key, start_mirror
 from .verdict import Criterion, GroundTruth, Verdict, judge, measure, upstream_names
@@ -390,6 +390,7 @@ def decompose(
         raise ValueError("there is nothing to run: `config` or `seeds` is empty")
     for c in configs:
         check_sites(target, c, truth)
+        check_rows(c, data, device)
     check_members(configs)
     losses, paths = step_function(compile, device), [None] * len(configs)
     if resume:

@@ -421,6 +421,6 @@ class CIFunctions(nn.Module):
         inputs: Mapping[str, Tensor | Product],  # site -> the *clean* target's input there
     ) -> CI:
         "Causal importances from one clean forward's site inputs."
-        raw = self.raw(model, inputs)
+        raw = {n: r.to(model[n].V.dtype) for n, r in self.raw(model, inputs).items()}  # autocast may have lowered it
         lower, upper = ({n: view(r) for n, r in raw.items()} for view in self.sigmoid)
         return CI(raw, lower, upper)

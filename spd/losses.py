@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['zero_is_silent', 'rows_to_keep', 'merge_zeros', 'per_run', 'weighted_mean', 'component_means', 'faithfulness',
-           'relative_faithfulness', 'importance_minimality', 'output_divergence', 'ascend', 'draw_step_noise',
-           'draw_tilt', 'masks_of', 'recon_under', 'hidden_acts_recon', 'recon_losses', 'step_losses']
+           'relative_faithfulness', 'importance_minimality', 'output_divergence', 'ascend', 'Source', 'start_sources',
+           'adam_ascent', 'climb', 'last_ascent', 'attacked', 'draw_step_noise', 'draw_tilt', 'masks_of', 'recon_under',
+           'hidden_acts_recon', 'recon_losses', 'step_precision', 'step_losses']
 
 # %% ../nbs/04_losses.ipynb #073ed1b1
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .components import ComponentModel, form, is_index
-from .config import PGD, DecomposeConfig
+from .config import PGD, DecomposeConfig, PersistentPGD
 from .importance import CIFunctions
-from .masks import Noise, draw_noise, stochastic_masks
+from .masks import Noise, draw_coin, draw_noise, merge, stochastic_masks
 
 # %% ../nbs/04_losses.ipynb #20501729
 def zero_is_silent(
@@ -147,6 +150,82 @@ def ascend(
     return noise
 
 # %% ../nbs/04_losses.ipynb #0694b79d
+class Source(NamedTuple):
+    "A lasting adversary's noise at one site, and what its Adam knows."
+
+    r: Tensor  # [..., C] in [0, 1]; with a delta component [..., C + 1], the last one that component's mask
+    mean: Tensor  # running mean of the gradients
+    square: Tensor  # running mean of their squares
+    known: Tensor  # [2] weight of what has gone into these two means, 1 - beta^t
+
+
+def start_sources(
+    config: DecomposeConfig,
+    Cs: Mapping[str, int],  # site -> number of components
+    shape: Sequence[int],  # leading shape of the sources
+    generator: torch.Generator,  # a stream for this alone
+) -> dict[str, dict[str, Source]]:  # loss -> site -> source
+    "The lasting adversaries before their first step: uniform noise."
+
+    def fresh(C: int) -> Source:
+        r = torch.rand((*shape, C + config.use_delta_component), generator=generator, device=generator.device)
+        return Source(r, torch.zeros_like(r), torch.zeros_like(r), r.new_zeros(2))
+
+    return {loss: {n: fresh(C) for n, C in Cs.items()} for loss in config.losses.persisting()}
+
+
+def adam_ascent(
+    source: Source,
+    grad: Tensor,  # of the error with respect to r
+    pgd: PersistentPGD,
+) -> Source:
+    "One step of Adam up the gradient, clamped to [0, 1]."
+    (b1, b2), before = pgd.betas, source.known
+    mean, square = b1 * source.mean + (1 - b1) * grad, b2 * source.square + (1 - b2) * grad.square()
+    known = torch.stack([b1 * before[..., 0] + (1 - b1), b2 * before[..., 1] + (1 - b2)], -1)
+    step = mean / per_run(known[..., 0], grad) / ((square / per_run(known[..., 1], grad)).sqrt() + 1e-16)
+    return Source((source.r.detach() + pgd.lr * step).clamp(0, 1), mean, square, known)
+
+# %% ../nbs/04_losses.ipynb #83691e8b
+def climb(
+    sources: Mapping[str, Source],  # site -> source
+    error: Callable[[Mapping[str, Source]], Tensor],  # what to make large
+    pgd: PersistentPGD,
+) -> dict[str, Source]:  # every r a leaf, in whose `.grad` the main backward leaves the gradient
+    "All ascent steps on a batch but the last."
+    leaves = lambda found: {n: s._replace(r=s.r.detach().requires_grad_()) for n, s in found.items()}
+    sources = leaves(sources)
+    for _ in range(pgd.n_steps - 1):
+        grads = torch.autograd.grad(error(sources).sum(), [s.r for s in sources.values()])
+        sources = leaves({n: adam_ascent(s, g, pgd) for (n, s), g in zip(sources.items(), grads, strict=True)})
+    return sources
+
+
+def last_ascent(
+    sources: Mapping[str, Source],  # from `climb`, after the main backward
+    scale: float | Tensor,  # what the error was multiplied by before it; a number, or one per run [E]
+    pgd: PersistentPGD,
+) -> dict[str, Source]:
+    "The ascent step that the main backward has paid for."
+    found = {}
+    for n, s in sources.items():
+        assert s.r.grad is not None, "the last ascent comes after the backward pass"
+        found[n] = adam_ascent(s, s.r.grad / per_run(scale, s.r), pgd)
+    return found
+
+
+def attacked(
+    noise: Noise,  # from `draw_step_noise`
+    sources: Mapping[str, Source],  # site -> source
+    Cs: Mapping[str, int],  # site -> number of components
+) -> Noise:
+    "The adversary's noise for every input, or, where coins were drawn, for those whose coin says so."
+    rs = {n: s.r for n, s in sources.items()}
+    delta = {n: r[..., Cs[n] :] for n, r in rs.items()} if all(r.shape[-1] > Cs[n] for n, r in rs.items()) else None
+    adversary = Noise({n: r[..., : Cs[n]] for n, r in rs.items()}, delta, noise.chosen)
+    return adversary if noise.coin is None else merge(noise.coin, adversary, noise)
+
+# %% ../nbs/04_losses.ipynb #d63c4bc4
 def draw_step_noise(
     config: DecomposeConfig,
     Cs: Mapping[str, int],  # site -> number of components
@@ -157,16 +236,20 @@ def draw_step_noise(
     losses, drawn = config.losses, {}
     first = {"random": "continuous"}.get(losses.pgd.init, losses.pgd.init)
     kinds = {"stochastic": config.sampling, "hidden": config.sampling, "ci": "zeros", "unmasked": "ones", "pgd": first}
+    kinds |= {"merged": config.sampling, "persistent": "zeros"}
     for name, coeff in losses.coefficients().items():
         source = name.split("_")[0]
         if coeff == 0 or source not in kinds:
             continue
-        fixed, routing = source in ("ci", "unmasked"), losses.routing if name.endswith("subset") else None
+        fixed, routing = source in ("ci", "unmasked", "persistent"), losses.routing if name.endswith("subset") else None
         delta, shared = config.use_delta_component and not fixed, source == "pgd" and losses.pgd.shared
         drawn[name] = [
             draw_noise(Cs, shape, generator, delta, routing, kinds[source], shared)
             for _ in range(1 if fixed and routing is None else config.n_mask_samples)
         ]
+        if source == "merged":
+            coin = lambda: draw_coin(losses.persistent.adversarial_share, shape, generator)
+            drawn[name] = [r._replace(coin=coin()) for r in drawn[name]]
     return drawn
 
 
@@ -189,7 +272,7 @@ def masks_of(
     masks = stochastic_masks(ci, noise)
     return [{site: masks[site]} for site in masks] if name.endswith("layerwise") else [masks]
 
-# %% ../nbs/04_losses.ipynb #e6bd2e40
+# %% ../nbs/04_losses.ipynb #9fe2b3c7
 def recon_under(
     model: ComponentModel,
     x: Tensor,  # [B, ...] inputs
@@ -199,7 +282,7 @@ def recon_under(
     weight: Tensor | None = None,  # [B] weight of each input
 ) -> Tensor:  # scalar
     "Mean output divergence over several masked forwards."
-    return torch.stack([output_divergence(model(x, m), out, kind, weight, model.lead) for m in masks]).mean(0)
+    return torch.stack([output_divergence(model(x, m).to(out), out, kind, weight, model.lead) for m in masks]).mean(0)
 
 
 def hidden_acts_recon(
@@ -215,11 +298,11 @@ def hidden_acts_recon(
     errors = []
     for m in masks:
         masked = model.recorded(x, m)[1]
-        error = lambda n, i, masked=masked: output_divergence(form(masked[n]), i, "mse", weight, model.lead)
+        error = lambda n, i, masked=masked: output_divergence(form(masked[n]).to(i), i, "mse", weight, model.lead)
         errors += [i.shape[-1] / width * error(n, i) for n, i in clean.items()]
     return torch.stack(errors).sum(0) / len(masks)
 
-# %% ../nbs/04_losses.ipynb #83691e8b
+# %% ../nbs/04_losses.ipynb #562dca5e
 def recon_losses(
     model: ComponentModel,
     x: Tensor,  # [B, ...] inputs
@@ -228,22 +311,34 @@ def recon_losses(
     weight: Tensor | None,  # [B] weight of each input, None = 1
     noise: Mapping[str, list[Noise]],  # from `draw_step_noise`
     config: DecomposeConfig,
-) -> dict[str, Tensor]:  # loss -> scalar
+    sources: Mapping[str, Mapping[str, Source]] | None = None,  # loss -> site -> source of a lasting adversary
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Source]]]:  # loss -> scalar, the sources as they were used
     "Every reconstruction loss there is noise for."
-    (out, inputs), losses = clean, {}
+    (out, inputs), losses, climbed = clean, {}, {}
+    fixed, Cs = {n: g.detach() for n, g in ci.items()}, {n: g.shape[-1] for n, g in ci.items()}
+    under = lambda masks: recon_under(model, x, out, masks, config.output_loss, weight)
     for name, samples in noise.items():
+        every = lambda ci, samples, name=name: [m for r in samples for m in masks_of(name, ci, r)]
         if name.startswith("pgd"):
-            fixed = {n: g.detach() for n, g in ci.items()}
-            error = lambda r, name=name, fixed=fixed: recon_under(
-                model, x, out, masks_of(name, fixed, r), config.output_loss, weight
-            )
-            samples = [ascend(r, error, config.losses.pgd) for r in samples]
-        masks = [m for r in samples for m in masks_of(name, ci, r)]
+            samples = [ascend(r, lambda r, every=every: under(every(fixed, [r])), config.losses.pgd) for r in samples]
+        if name in config.losses.persisting():
+            if sources is None or name not in sources:
+                raise ValueError(f"{name} needs the sources of its adversary, from `start_sources`")
+            met = lambda s, samples=samples: [attacked(r, s, Cs) for r in samples]
+            error = lambda s, every=every, met=met: under(every(fixed, met(s)))
+            climbed[name] = climb(sources[name], error, config.losses.persistent)
+            samples = met(climbed[name])
+        masks = every(ci, samples)
         if name == "hidden_acts_recon":
             losses[name] = hidden_acts_recon(model, x, inputs, masks, weight)
         else:
-            losses[name] = recon_under(model, x, out, masks, config.output_loss, weight)
-    return losses
+            losses[name] = under(masks)
+    return losses, climbed
+
+
+def step_precision(config: DecomposeConfig, x: Tensor) -> AbstractContextManager:
+    "Where matrix products are done in the config's precision: autocast on the device of `x`, or nothing."
+    return nullcontext() if config.precision == "float32" else torch.autocast(x.device.type, torch.bfloat16)
 
 
 def step_losses(
@@ -256,10 +351,13 @@ def step_losses(
     shape: float | Tensor,  # current shape of importance minimality: p or gamma; one number, or [E]
     tilt: Mapping[str, Tensor] | None = None,  # from `draw_tilt`
     coeffs: Mapping[str, float | Tensor] | None = None,  # loss -> coefficient, a number or [E]; None = the config's
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # losses with their "total", lower-leaky causal importances
+    sources: Mapping[str, Mapping[str, Source]] | None = None,  # from `start_sources`, or the last step's
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Source]]]:
+    # losses with their "total"; lower-leaky causal importances; sources that wait for their `last_ascent`
     "Every loss with a coefficient, unweighted, and their weighted sum under 'total'."
     clean = model.clean(x)
-    ci = ci_fns(model, clean[1])
+    with step_precision(config, x):
+        ci = ci_fns(model, clean[1])
     own, losses, imp = config.losses.coefficients(), {}, config.losses.importance_minimality
     if imp.coeff > 0:
         losses["importance_minimality"] = importance_minimality(
@@ -270,6 +368,8 @@ def step_losses(
     if own["relative_faithfulness"] > 0:
         losses["relative_faithfulness"] = relative_faithfulness(model)
     tilted = tilt and {n: ci_fns.sigmoid.lower(1.05 * raw - 0.05 * tilt[n]) for n, raw in ci.raw.items()}
-    losses |= recon_losses(model, x, clean, tilted or ci.lower, weight, noise, config)
+    with step_precision(config, x):
+        recon, climbed = recon_losses(model, x, clean, tilted or ci.lower, weight, noise, config, sources)
+    losses |= recon
     losses["total"] = torch.stack([(coeffs or own)[n] * loss for n, loss in losses.items()]).sum(0)
-    return losses, ci.lower
+    return losses, ci.lower, climbed

@@ -55,7 +55,7 @@ elif die_in == "a full disk":
 elif die_in == "an evaluation":
     spd.decompose.measure = dying(spd.decompose.measure)
 elif die_in == "a step":
-    spd.decompose.batch_losses = dying(spd.decompose.batch_losses)
+    spd.decompose.Stack.batch_losses = dying(spd.decompose.Stack.batch_losses)
 elif die_in == "a row's write":
     spd.runs.RunFolder.log = dying(spd.runs.RunFolder.log)
 config = PRESETS["default"]["tms_5-2"].replace(
