@@ -17,6 +17,7 @@ ANNEALED = {"losses__importance_minimality__p": 2.0, "losses__importance_minimal
 )
 def test_compiled_steps_are_the_eager_ones(changes, steps):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     target, config, stacks = tms.TMS(tms.TARGETS["tms_5-2"]), CONFIG.replace(**changes), []
     data = target.config.data()
     for compile in ("off", "on"):
