@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 DEPS := settings.ini setup.py constraints.txt
 WRITTEN := tests setup.py# spd/ is generated: ruff checks it, but never formats it
 
-.PHONY: help install install-dev run test test-all check type format docs-check clean
+.PHONY: help install install-dev run bench test test-all check type format docs-check clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -20,6 +20,9 @@ run: .venv/installed  ## Main job: train a ResidMLP, decompose it, say whether t
 	@echo 'This takes about 15 minutes. To follow it from another terminal: tail -f runs/*/training.log'
 	papermill nbs/10_resid_mlp.ipynb out.ipynb -p n_layers 2
 	@spd-run report out.ipynb
+
+bench: .venv/installed  ## Time steps, memory, compiling, importing and logging on this machine: about ten minutes
+	papermill nbs/90_benchmarks.ipynb out.ipynb
 
 test: .venv/installed-dev  ## Notebooks and tests, without the slow ones
 	nbdev_test

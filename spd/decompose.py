@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_sites', 'estimate_step_seconds', 'duration', 'StopWish', 'Run', 'Recorder', 'plain', 'validation_row',
-           'Ensemble', 'open_run', 'common_step', 'step_function', 'estimate', 'decompose', 'halving_steps', 'Training',
-           'train', 'load_run']
+           'Ensemble', 'SilentFolder', 'open_run', 'common_step', 'step_function', 'estimate', 'decompose',
+           'halving_steps', 'Training', 'train', 'load_run']
 
 # %% ../nbs/09_decompose.ipynb #ed3a3929
 import math
@@ -32,7 +32,21 @@ from .losses import step_losses
 from .metrics import ci_l0, compute_miracle_distance
 from .run_data import find_run
 from .runs import RunFolder, flat
-from .steps import Decomposition, InputKind, Stack, Streams, TrainState, check_members, check_rows, grad_norm
+from spd.steps import (
+    Decomposition,
+    InputKind,
+    Stack,
+    Streams,
+    TrainState,
+    check_members,
+    check_ranks,
+    check_rows,
+    copy_from_first,
+    from_first,
+    grad_norm,
+    join_ranks,
+    ranks,
+)
 from .targets import describe, rebuild
 from .tracking import Tracking, check_key, start_mirror
 from .verdict import Criterion, GroundTruth, Verdict, judge, measure, upstream_names
@@ -179,10 +193,10 @@ class Recorder:
         "Measure on the evaluation stream, which starts anew each time: evaluations are comparable. Keep the best state."
         self.check_finite()
         c, parts = self.config, self.state.parts
-        numbers = measure(
+        numbers = from_first(lambda: measure(
             parts.model, parts.ci_fns, self.data, make_generator(c.seed, "eval", next(parts.parameters()).device), self.truth,
             c.eval_batch_size, c.n_eval_batches, c.ci_alive_threshold, kind=c.output_loss, delta=c.use_delta_component,
-        )  # fmt: skip
+        ), plain)  # fmt: skip
         row = validation_row(numbers, parts.Cs, c.miracle)
         passed = {} if self.truth is None else {"eval/pass": float(judge(numbers, self.truth).status == "PASS")}
         self.merit = row.get("val/miracle_distance", row["val/mse_loss"])
@@ -307,11 +321,26 @@ class Ensemble:
         return f"### {self.verdict}\n\n" + "\n".join(lines)
 
 # %% ../nbs/09_decompose.ipynb #67b80809
+class SilentFolder(RunFolder):
+    "The run folder as the ranks behind the first one see it: they read it and write nothing."
+
+    def _nothing(self, *_, **__) -> Any:
+        return None
+
+    __exit__ = write = beat = note = log = save = set_aside_damaged = figure = _nothing
+
+    def __enter__(self) -> Self:
+        return self
+
+# %% ../nbs/09_decompose.ipynb #0b290cb2
 def open_run(
     target: nn.Module, data: Callable, config: DecomposeConfig, truth: GroundTruth | None, name: str, out_dir: str | Path | None,
     device: str, extra: dict[str, Any], tracking: Tracking | None, resume: str | Path | None,
 ) -> tuple[Recorder, Tracking]:  # fmt: skip
-    "Make a run's folder, or open that of a run to go on with."
+    "Make a run's folder, or open that of a run to go on with; ranks behind the first one take its folder."
+    if ranks()[0]:
+        folder = SilentFolder(from_first(lambda: None))
+        return Recorder(folder, TrainState.of(target, config, device), data, truth), Tracking()
     record = {"decompose": config.model_dump(mode="json"), "target": describe(target), "data": describe(data)}
     record["truth"] = truth and truth.model_dump(mode="json")
     if resume:
@@ -324,6 +353,7 @@ def open_run(
         seeds = {"decompose": config.seed, "target": getattr(getattr(target, "config", None), "seed", None)}
         beside = {"device": device, "seeds": seeds, "tracking": tracking.model_dump(mode="json")} | extra
         folder = RunFolder.create(name, record, out_dir, beside)
+    from_first(lambda: folder.path.resolve())
     return Recorder(folder, TrainState.of(target, config, device), data, truth), tracking
 
 
@@ -383,7 +413,8 @@ def decompose(
 ) -> Any:  # a `Run`; an `Ensemble` if `config` is a list or `seeds` are given
     "Decompose `target` on `data` (SPD paper, section 2)."
     resume = resume or os.environ.pop("SPD_RESUME", None)
-    one = isinstance(config, DecomposeConfig) and seeds is None
+    one, device = isinstance(config, DecomposeConfig) and seeds is None, join_ranks(device)
+    rank, n_ranks = ranks()
     configs = [config] if isinstance(config, DecomposeConfig) else list(config)
     configs = configs if seeds is None else [c.replace(seed=s) for c in configs for s in seeds]
     if not configs:
@@ -391,14 +422,19 @@ def decompose(
     for c in configs:
         check_sites(target, c, truth)
         check_rows(c, data, device)
+        check_ranks(c, n_ranks)
+    if n_ranks > 1 and len(configs) > 1:
+        raise ValueError(f"{n_ranks} processes train one run, got {len(configs)}; runs side by side need no torchrun")
     check_members(configs)
     losses, paths = step_function(compile, device), [None] * len(configs)
     if resume:
         paths = [resume] if isinstance(resume, str | Path) else list(resume)
     if len(paths) != len(configs):
         raise ValueError(f"{len(configs)} configs need as many run folders to resume, got {len(paths)}")
-    kind = InputKind.of(TrainState.of(target, configs[0], device).parts.model, data, configs[0].batch_size, len(configs))
+    model = TrainState.of(target, configs[0], device).parts.model
+    kind = InputKind.of(model, data, configs[0].batch_size // n_ranks, len(configs))
     group = {} if one else {"ensemble": uuid.uuid4().hex[:8]}
+    group |= {"ranks": n_ranks} if n_ranks > 1 else {}
     opened = [
         open_run(target, data, c, truth, name, out_dir, device, (extra or {}) | group, tracking, path)
         for c, path in zip(configs, paths, strict=True)
@@ -408,16 +444,19 @@ def decompose(
         for r, where in opened:
             closing.push(r.open)
             r.open.enter_context(r.folder)
-            start_mirror(r.folder, where, [r.state.parts.model, r.state.parts.ci_fns], required=not resume)
+            if rank == 0:
+                start_mirror(r.folder, where, [r.state.parts.model, r.state.parts.ci_fns], required=not resume)
         for r in recorders:
             r.folder.set_aside_damaged()
-        step = common_step([r.folder for r in recorders])
+        step = from_first(lambda: common_step([r.folder for r in recorders]))
         for r in recorders:
             if step is None:
                 r.state.start(data)
                 r.save(r.config.keep_checkpoints)  # from here on the folder can be loaded, whatever happens
             else:
                 r.restore(step)
+            copy_from_first(list(r.state.parts.parameters()))
+        progress = progress and rank == 0
         stack = Stack([r.state for r in recorders], data, kind, losses)
         seconds = estimate(stack)
         if progress:
@@ -428,7 +467,7 @@ def decompose(
         runs = train(recorders, stack, wish, progress, halving)
     return runs[0] if one else Ensemble(runs)
 
-# %% ../nbs/09_decompose.ipynb #2a0dd1de
+# %% ../nbs/09_decompose.ipynb #1963b0ed
 def halving_steps(halving: Halving | None, steps: int) -> set[int]:
     "Before which updates runs are dropped."
     return set() if halving is None else {round(share * steps) for share in halving.at}
@@ -496,13 +535,13 @@ def train(
         stack.update()
         for r in training.live:
             r.folder.beat()
-        done = step + 1
-        if done % config.save_freq == 0 or done == config.steps or wish.signal:
+        stop, done = from_first(lambda: wish.signal), step + 1
+        if done % config.save_freq == 0 or done == config.steps or stop:
             training.each(lambda r: r.save(config.keep_checkpoints))
-        if wish.signal:
+        if stop:
             paths = [str(r.folder.path) for r in training.live]
             go_on = f"spd-run --resume {paths[0]}" if len(recorders) == 1 else f"decompose(..., resume={paths})"
-            raise KeyboardInterrupt(f"{wish.signal} after step {done}; to go on: {go_on}")
+            raise KeyboardInterrupt(f"{stop} after step {done}; to go on: {go_on}")
     training.each(lambda r: training.outcome.update({r: r.finish()}))
     return [training.outcome[r] for r in recorders]
 
