@@ -65,7 +65,7 @@ def gradient_error(target, data, config):  # of one step, against one process wi
     stack = Stack([state], data, kind)
     losses, *_ = stack.gradients()
     own = [p.grad for p in trained(state.parts).values()]
-    alone, _ = step_losses(
+    alone, *_ = step_losses(
         state.parts.model, state.parts.ci_fns, whole.x, whole.weight, whole.noise, config, stack.shape(0), whole.tilt
     )
     expected = torch.autograd.grad(alone["total"], trained(state.parts).values())
