@@ -46,7 +46,7 @@ class GroundTruth(Config):
     identity: dict[str, int] = Field(default={}, description="site -> n: one component per feature")
     dense: dict[str, int] = Field(default={}, description="site -> k: k components that together are one mechanism")
     feature_probability: float | None = Field(default=None, description="chance of each feature, fixes the expected L0")
-    l0: dict[str, float] = Field(default={}, description="site -> expected L0, where it is not the number of active features")
+    l0: dict[str, float] = Field(default={}, description="site -> largest expected L0, where more than the active features count")
     columns: str | None = Field(default=None, description="site whose weight has a feature per column (MMCS, ML2R)")
     ml2r_tol: float = Field(default=0.03, gt=0, description="ML2R may differ from 1 by this much")
     blocks: tuple[tuple[str, str], ...] = Field(default=(), description="(read-in, read-out) sites of each MLP layer")
@@ -266,8 +266,8 @@ def _truth_criteria(numbers: dict[str, Any], truth: GroundTruth) -> list[Criteri
         found.append(c if c.status == "PASS" else c.model_copy(update={"reason": f"{c.reason}; {loose} off by > 0.2"}))
         found.append(_criterion(f"{site} alive", numbers["n_alive"][site], lambda v, n=n: v == n, f"exactly {n}"))
     for site, n in truth.identity.items() if truth.feature_probability else ():
-        expected = truth.l0.get(site, n * (truth.feature_probability or 0))
-        low, high = (share * expected for share in L0_RANGE)
+        active = n * (truth.feature_probability or 0)
+        low, high = L0_RANGE[0] * active, L0_RANGE[1] * truth.l0.get(site, active)
         within = lambda v, low=low, high=high: low <= v <= high
         found.append(_criterion(f"{site} L0", numbers["l0"][site], within, f"{low:.3g} to {high:.3g}"))
     near = lambda tol: lambda v: abs(v - 1) <= tol
