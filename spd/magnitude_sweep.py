@@ -377,6 +377,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> Parameters:
     "Parameters from a YAML file and flags."
     given = vars(_parser().parse_args(argv))
     config = given.pop("config")
+    if config and not Path(config).is_file():
+        raise ValueError(f"there is no config file {config!r} (flags such as --summary_only take no value)")
     settings = yaml.safe_load(Path(config).read_text()) or {} if config else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{config} must hold names and values, got a {type(settings).__name__}")
