@@ -51,6 +51,28 @@ CSS = r"""
 """
 
 JS_MAKE = r"""
+// Redraw when the model or the page's width changes, reload when the data do; gives a function that ends it.
+function follow(root, model, names, ask, load, resize) {
+  const changes = names.map((k) => "change:" + k);
+  changes.forEach((c) => model.on(c, ask));
+  model.on("change:_data", load);
+  let width = 0;
+  const watch = new ResizeObserver(() => {
+    const w = Math.min(root.clientWidth - 24, 1156);
+    if (w > 0 && w !== width) {
+      resize((width = w));
+      ask();
+    }
+  });
+  watch.observe(root);
+  load();
+  return () => {
+    watch.disconnect();
+    changes.forEach((c) => model.off(c, ask));
+    model.off("change:_data", load);
+  };
+}
+
 function make(tag, attributes = {}, ...children) {
   const { dataset = {}, ...rest } = attributes,
     node = Object.assign(document.createElement(tag), rest);
@@ -268,23 +290,8 @@ function render({ model, el }) {
     const v = page.magnitude(e.offsetX, e.offsetY);
     if (v !== undefined) set("magnitude", data.m[nearest(v)]);
   };
-  const changes = ["view", "feature", "magnitude", "threshold", "layer", "pre", "ablated"].map((k) => "change:" + k);
-  changes.forEach((c) => model.on(c, ask));
-  model.on("change:_data", load);
-  const watch = new ResizeObserver(() => {
-    const w = Math.min(root.clientWidth - 24, 1156);
-    if (w > 0 && w !== width) {
-      width = w;
-      ask();
-    }
-  });
-  watch.observe(root);
-  load();
-  return () => {
-    watch.disconnect();
-    changes.forEach((c) => model.off(c, ask));
-    model.off("change:_data", load);
-  };
+  const names = ["view", "feature", "magnitude", "threshold", "layer", "pre", "ablated"];
+  return follow(root, model, names, ask, load, (w) => (width = w));
 }
 """
 

@@ -232,19 +232,7 @@ function renderMatrices({ model, el }) {
   said.textContent = "Point at an entry to read its value.";
   place.oninput = () => set("place", Number(place.value));
   pages.onchange = () => set("page", pages.value);
-  model.on("change:page", ask);
-  model.on("change:place", ask);
-  model.on("change:_data", load);
-  const watch = new ResizeObserver(() => {
-    const w = Math.min(root.clientWidth - 24, 1156);
-    if (w > 0 && w !== width) {
-      width = w;
-      ask();
-    }
-  });
-  watch.observe(root);
-  load();
-  return () => watch.disconnect();
+  return follow(root, model, ["page", "place"], ask, load, (w) => (width = w));
 }
 """
 
