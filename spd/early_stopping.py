@@ -59,10 +59,10 @@ def judge(
     if len(histories) != len(running):
         raise ValueError(f"{len(histories)} histories, but {len(running)} runs")
     sign = 1 if goal == "minimize" else -1
-    costs = [[sign * x for x in finite_values(h)] for h in histories]
+    at, costs = bands(early_terminate), [[sign * x for x in finite_values(h)] for h in histories]
     verdicts: list[Judged | None] = []
     for mine, is_running in zip(costs, running, strict=True):
-        band = max((b for b in bands(early_terminate) if b <= len(mine)), default=None)
+        band = max((b for b in at if b <= len(mine)), default=None)
         if not is_running or band is None:
             verdicts.append(None)
             continue

@@ -432,9 +432,9 @@ LOOKS_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def with_floats(
-    data: Any,  # what stands under `parameters`
+    data: Any,  # what stands under `parameters`, say
     found: list[str],  # where numbers were read as text; added to
-    where: str = "parameters",  # path of `data`
+    where: str,  # path of `data`
 ) -> Any:
     "`data` with text that looks like a float turned into one."
     if isinstance(data, dict):
@@ -490,6 +490,9 @@ def from_experiments(
     if not isinstance(params, dict) or not params:
         there = f"it has blocks for {', '.join(sorted(map(str, data)))}" if data else "it is empty"
         raise ValueError(f"no parameters for {experiment}: {there}")
+    if experiment is not None and blocks and experiment not in data:
+        said = f"no block for {experiment}, only for {', '.join(sorted(blocks))}: the global parameters alone are swept"
+        warnings.warn(said, stacklevel=3)
     entries = {k: values_only(v, k) for k, v in params.items()}
     return {"method": "grid", "metric": MIRACLE, "parameters": entries}
 
@@ -507,7 +510,7 @@ def read_sweep(
         if not set(data) & set(SweepFile.model_fields):
             data = from_experiments(with_floats(data, found, ""), experiment)
         else:
-            data |= {k: with_floats(data[k], found) for k in data if k == "parameters"}
+            data |= {k: with_floats(data[k], found, k) for k in ("parameters", "metric") if k in data}
         sweep = SweepFile.model_validate(data)
     except yaml.YAMLError as e:
         raise ValueError(f"{path} is no YAML: {e}") from None
