@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A throw-away SLURM cluster of two virtual nodes on this machine, for tests/slurm.py. Nothing outside ROOT is touched, except that
-# the Debian packages slurm-wlm and munge are installed where they are missing. PORT and the four ports after it must be free.
+# the Debian packages slurm-wlm and munge are installed where they are missing. PORT and the two ports after it must be free.
 #   bash tests/slurm_up.sh ROOT PORT      then: export SLURM_CONF=ROOT/slurm.conf
 #   bash tests/slurm_down.sh ROOT
 set -euo pipefail
@@ -39,8 +39,8 @@ SlurmdUser=$me
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 AuthType=auth/munge
 CredType=cred/munge
-# a requeued job waits for cred_expire seconds, 120 if nothing is said
-AuthInfo=socket=$socket,cred_expire=2
+# a requeued job waits for cred_expire seconds: 120, or what is said here, at least 5
+AuthInfo=socket=$socket,cred_expire=5
 StateSaveLocation=$root/state
 SlurmdSpoolDir=$root/%n
 SlurmctldPidFile=$root/slurmctld.pid
