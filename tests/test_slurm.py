@@ -1,7 +1,6 @@
-"""Jobs on a real SLURM cluster (see slurm.py): arrays, failures, refusals, cancelling, and lives that end before the work does."""
+"""Jobs on a real SLURM cluster (see slurm.py): arrays, failures, refusals, cancelling, lives that end before the work does."""
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from spd.slurm import Resources, SlurmJob, Watch, cancel, submit, wait
 from spd.snapshot import Snapshot, take_snapshot
 
 CPU = Resources(gpus=0, cpus=1, minutes=30)
+PARAMETERS = 'seed = 0\nwhat = ""'
 TINY = """
 import json, os, spd, time
 from pathlib import Path
@@ -34,22 +34,33 @@ if what == "wait" and life == 0:
     time.sleep(300)
 """
 
+TRAIN = """
+from spd.decompose import decompose
+from spd.experiments.tms import PRESETS, TARGETS, TMS, ground_truth
+config = PRESETS["default"]["tms_5-2"].replace(
+    steps=steps, batch_size=64, log_freq=20, eval_freq=400, save_freq=200, eval_batch_size=256
+)
+target = TMS(TARGETS["tms_5-2"])
+decompose(target, target.config.data(), config, ground_truth(target.config), progress=False)
+"""
 
-def write_tiny(path: Path, source: str) -> None:
+
+def write_notebook(path: Path, parameters: str, source: str) -> None:
     new = nbformat.v4
     kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
-    parameters = new.new_code_cell('seed = 0\nwhat = ""', metadata={"tags": ["parameters"]})
-    nbformat.write(new.new_notebook(metadata=kernel, cells=[parameters, new.new_code_cell(source)]), str(path))
+    cells = [new.new_code_cell(parameters, metadata={"tags": ["parameters"]}), new.new_code_cell(source)]
+    nbformat.write(new.new_notebook(metadata=kernel, cells=cells), str(path))
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A repository like this one, with a new notebook that git does not know yet."""
+    """A repository like this one, with two new notebooks that git does not know yet."""
     repo = guards.copy_repo(tmp_path_factory.mktemp("checkout"))
     git = ["git", "-C", str(repo), "-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.hooksPath="]
     for args in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *args], check=True, capture_output=True)
-    write_tiny(repo / "nbs" / "95_tiny.ipynb", TINY)
+    write_notebook(repo / "nbs" / "95_tiny.ipynb", PARAMETERS, TINY)
+    write_notebook(repo / "nbs" / "96_train.ipynb", "steps = 10", TRAIN)
     return repo
 
 
@@ -103,11 +114,11 @@ def test_an_array_runs_the_code_it_was_submitted_with(cluster, checkout, snapsho
     monkeypatch.setenv("WANDB_API_KEY", "only-in-the-environment-0123")
     runs = [tiny(tmp_path, snapshot, seed, "fail" if seed == 1 else "") for seed in range(3)]
     jobs = submit(runs, snapshot.path, Resources(gpus=1, cpus=1, minutes=30, parallel=2), "tiny")
-    write_tiny(checkout / "nbs" / "95_tiny.ipynb", TINY.replace("as submitted", "edited"))
+    write_notebook(checkout / "nbs" / "95_tiny.ipynb", PARAMETERS, TINY.replace("as submitted", "edited"))
     (checkout / "spd" / "__init__.py").write_text("raise ImportError('a half-written edit')\n")
     states = wait(jobs, every=1)
     subprocess.run(["git", "-C", str(checkout), "checkout", "-q", "spd"], check=True)
-    write_tiny(checkout / "nbs" / "95_tiny.ipynb", TINY)
+    write_notebook(checkout / "nbs" / "95_tiny.ipynb", PARAMETERS, TINY)
 
     assert [state.word for state in states] == ["done", "failed", "done"]
     assert "ValueError: seed 1 is no good" in states[1].reason
@@ -195,19 +206,20 @@ def decomposition(folder: Path, snapshot: Snapshot, steps: int) -> Path:
 
 
 def test_a_job_that_must_go_saves_and_comes_back_to_the_same_result(cluster, snapshot, tmp_path):  # noqa: F811
-    straight, stopped = (decomposition(tmp_path / name, snapshot, 2000) for name in ("straight", "stopped"))
+    job = Job(notebook="96_train.ipynb", parameters={"steps": 800}, code=str(snapshot.path))
+    straight, stopped = job.write(tmp_path / "straight"), job.write(tmp_path / "stopped")
     jobs = submit([straight, stopped], snapshot.path, CPU)
     until(lambda: len(RunFolder(stopped).rows()) > 4)
     slurm("scancel", "--signal=USR2", jobs[1].id)
     until(lambda: job_state(stopped)["state"] == "interrupted")
     saved = RunFolder(stopped).load()[1]["step"]
-    assert 0 < saved < 2000
+    assert 0 < saved < 800
     assert [state.word for state in wait(jobs, every=1)] == ["done", "done"]
     assert "Restarts=1" in slurm("scontrol", "show", "job", jobs[1].id)
 
     assert not (straight / "provenance-1.json").exists() and (stopped / "provenance-1.json").exists()
     assert "KeyboardInterrupt" in (stopped / "notebook-1.ipynb").read_text()
-    assert rows(stopped) == rows(straight) and rows(stopped)[-1]["_step"] == 2000
+    assert rows(stopped) == rows(straight) and rows(stopped)[-1]["_step"] == 800
     assert RunFolder(stopped).summary() == RunFolder(straight).summary()
     assert RunFolder(stopped).status()["state"] == "finished"
     recorded = read_json(stopped / "provenance.json")
@@ -216,11 +228,11 @@ def test_a_job_that_must_go_saves_and_comes_back_to_the_same_result(cluster, sna
 
 @pytest.mark.slow
 def test_a_real_time_limit(cluster, snapshot, tmp_path):  # noqa: F811
-    run = decomposition(tmp_path / "run", snapshot, 60_000)
+    parameters = {"which": "tms_5-2", "steps": 6000}
+    run = Job(notebook="11_tms.ipynb", parameters=parameters, code=str(snapshot.path)).write(tmp_path / "run")
     (job,) = submit([run], snapshot.path, CPU.replace(minutes=1))
     assert [state.word for state in wait([job])] == ["done"]
     assert len(list(run.glob("provenance-*.json"))) >= 1 and RunFolder(run).status()["state"] == "finished"
     steps = [row["_step"] for row in RunFolder(run).rows()]
-    assert steps == sorted(set(steps)) and steps[-1] == 60_000
+    assert steps == sorted(set(steps)) and steps[-1] == 6000
     assert "this job is timed-out" in job.log.read_text()
-    assert os.environ["SLURM_CONF"] == str(cluster / "slurm.conf")
