@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission, clean_env
 
 from .config import Config
-from .files import read_json, runs_root, to_json, write_atomic
+from .files import cache_root, read_json, runs_root, to_json, write_atomic
 from .runs import new_run_path, plain_name
 from .tracking import read_dotenv
 
@@ -75,14 +75,15 @@ class Work:
         idle: int = 0,  # lives in a row, until now, that left no new checkpoint
     ):
         self.run, self.code, self.idle = str(run), str(code), idle
+        self.process: subprocess.Popen | None = None
+        self.began, self.ending = 0.0, False
 
     def __call__(self) -> int:
-        self.began, self.ending = time.time(), False
-        self._end_file().unlink(missing_ok=True)
-        self._earlier_life_is_over()
-        signals = {signal.SIGUSR1, signal.SIGUSR2}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # children inherit it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})  # children inherit it
         try:
+            self._end_file().unlink(missing_ok=True)
+            self._earlier_life_is_over()
+            self.began = time.time()
             path = os.pathsep.join(p for p in (self.code, os.environ.get("PYTHONPATH")) if p)
             with open(Path(self.run) / "job.log", "ab") as log:
                 self.process = subprocess.Popen(
@@ -92,10 +93,10 @@ class Work:
             signal.signal(signal.SIGTERM, self._terminate)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._wait()
+        code = self._wait()
         while self.ending:
             time.sleep(1)
-        code = self.process.wait()
+        self.process.wait()
         self._write_end(code)
         if code:
             raise RuntimeError(f"{self.run}: the job ended with exit status {code}\n{self._tail()}")
@@ -103,22 +104,34 @@ class Work:
 
     def checkpoint(self) -> DelayedSubmission | None:  # what runs in the next life
         "Let the work write its checkpoint and stop; called by submitit on SIGUSR2."
-        self.process.send_signal(signal.SIGTERM)
-        self._wait()
+        code = self._stop()
         files = [p for run in self._runs() for p in run.glob("checkpoints/*.safetensors")]
         saved = max((p.stat().st_mtime for p in files), default=0.0)
         idle = 0 if saved > self.began else self.idle + 1
         if idle >= self.lives:
-            self._write_end(self.process.wait(), f"no new checkpoint in {idle} sessions: its time limit is too short")
+            self._write_end(code, f"no new checkpoint in {idle} sessions: its time limit is too short")
             return None
         return DelayedSubmission(type(self)(self.run, self.code, idle))
 
-    def _wait(self) -> None:
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # Popen.wait has a lock, and this runs in a handler, too
+    def _wait(self) -> int:
+        "Exit status of the work; a signal's number is negative. (Popen.wait has a lock, and this runs in signal handlers, too.)"
+        assert self.process is not None
+        if self.process.returncode is not None:
+            return self.process.returncode
+        end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        assert end is not None
+        return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+
+    def _stop(self) -> int:
+        if self.process is None:  # it had not begun
+            return 130
+        with suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGTERM)
+        return self._wait()
 
     def _terminate(self, *_) -> None:
         self.ending = True
-        self.process.send_signal(signal.SIGTERM)
+        self._stop()
 
     def _runs(self) -> list[Path]:
         "The folders of the job's runs."
@@ -203,17 +216,20 @@ def _refused(why: str) -> ValueError:
 
 
 @contextmanager
-def _login_environment() -> Iterator[None]:
-    "As outside of any job, for a job that submits jobs."
-    conf = {k: v for k, v in os.environ.items() if k == "SLURM_CONF"}
+def _login_environment(resources: Resources) -> Iterator[None]:
+    "As outside of any job, for a job that submits jobs; of the user's SBATCH_ settings only those that `resources` leave open."
+    free = [name for name in ("partition", "account", "qos", "constraint") if getattr(resources, name) is None]
+    names = ["SLURM_CONF", *(f"SBATCH_{name.upper()}" for name in free)]
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     with clean_env():
-        os.environ |= conf
+        os.environ |= kept
         yield
 
 
 def _queue(runs: Sequence[Path], code: Path, resources: Resources, name: str, log: Path) -> list[SlurmJob]:
     executor = SlurmExecutor(log, max_num_timeout=10_000)
-    home = {"SPD_RUNS": str(runs_root().absolute()), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", resources.cpus)}
+    home: dict[str, Any] = {"SPD_RUNS": runs_root().absolute(), "SPD_CACHE": cache_root().absolute()}
+    home["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", resources.cpus)
     executor.update_parameters(
         job_name=name,
         setup=[f"cd {shlex.quote(str(code))}", *(f"export {k}={shlex.quote(str(v))}" for k, v in home.items())],
@@ -224,7 +240,7 @@ def _queue(runs: Sequence[Path], code: Path, resources: Resources, name: str, lo
     here = sys.modules[Work.__module__]
     cloudpickle.register_pickle_by_value(here)
     try:
-        with _login_environment():
+        with _login_environment(resources):
             queued = executor.submit_array([Work(run, code) for run in runs])
     except (FailedJobError, FailedSubmissionError) as e:
         said = [line for line in str(e).splitlines() if "error:" in line] or [str(e)]
@@ -247,6 +263,8 @@ def submit(
     "Queue runs as one array of jobs; RuntimeError without SLURM, ValueError if it refuses, and then nothing is queued."
     need_slurm()
     paths, name = [Path(run).absolute() for run in runs], plain_name(name)
+    if not paths:
+        raise ValueError("there is no run to submit")
     if missing := [str(p) for p in paths if not (p / "job.json").exists()]:
         raise ValueError(f"{missing[0]} is no run to start: it has no job.json")
     if resources.partition and (there := partitions()) and set(resources.partition.split(",")) - set(there):

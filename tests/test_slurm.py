@@ -181,7 +181,7 @@ def test_a_job_whose_node_dies_runs_again(cluster, snapshot, tmp_path):  # noqa:
     (state,) = wait([job], every=1)
     slurm("scontrol", "update", f"nodename={node}", "state=resume")
     assert state.word == "done" and len(lives(run)) == 2
-    assert job.end() == {"job": job.id, "code": 0, "reason": job.end()["reason"]}
+    assert (job.end() or {})["code"] == 0
     no_kernel_of(run)
 
 
