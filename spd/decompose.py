@@ -412,7 +412,7 @@ def decompose(
     compile: str = "auto",  # torch.compile: "on", "off", or on GPUs
 ) -> Any:  # a `Run`; an `Ensemble` if `config` is a list or `seeds` are given
     "Decompose `target` on `data` (SPD paper, section 2)."
-    resume = resume or os.environ.pop("SPD_RESUME", None)
+    resume = resume or [p for p in os.environ.pop("SPD_RESUME", "").split(os.pathsep) if p]
     one, device = isinstance(config, DecomposeConfig) and seeds is None, join_ranks(device)
     rank, n_ranks = ranks()
     configs = [config] if isinstance(config, DecomposeConfig) else list(config)
@@ -522,6 +522,9 @@ def train(
             training.halve(halving.keep, step)
         if config.patience:
             training.drop({r: r.finish("no better for a while") for r in training.live if r.state.stale >= config.patience})
+        if step % config.log_freq == 0:
+            asked = from_first(lambda: [r.folder.asked_to_stop() for r in training.live])
+            training.drop({r: r.finish(why) for r, why in zip(training.live, asked, strict=True) if why})
         if not training.live:
             break
         losses, ci, weight = stack.gradients()

@@ -272,9 +272,9 @@ class RunFolder(SavedRun):
         extra: dict[str, Any] | None = None,  # recorded beside it: experiment, notebook, its parameters, tracking
     ) -> "RunFolder":
         "Make a new folder with config and provenance."
-        given = os.environ.get("SPD_RUN_DIR")
-        free = given and not (Path(given) / "config.yaml").exists()
-        run = cls(given if given and free else new_run_path(name, root))
+        given = [p for p in os.environ.get("SPD_RUN_DIR", "").split(os.pathsep) if p]  # by the job: see `spd.jobs`
+        free = [p for p in given if not (Path(p) / "config.yaml").exists()]
+        run = cls(free[0] if free else new_run_path(name, root))
         beside = jsonable(scrub(extra or {}))
         record = {"schema": SCHEMA, "hash": content_hash(config)} | jsonable(config) | {"extra": beside}
         record["digest"] = content_hash(record)
@@ -296,6 +296,7 @@ class RunFolder(SavedRun):
             shown = "; ".join(f"{k} was {before.get(k)!r}, is now {now.get(k)!r}" for k in other)
             raise ValueError(f"{self.path} cannot be resumed with other values: {shown}")
         self.check_idle()
+        (self.path / "stop").unlink(missing_ok=True)
         n = len(list(self.path.glob("provenance*.json")))
         self._record_origin(f"provenance-{n}.json", f"code-{n}.patch", record["extra"])
         return self
@@ -314,6 +315,16 @@ class RunFolder(SavedRun):
         self._beat = time.monotonic()
         process = {"host": platform.node(), "pid": os.getpid()}
         self.write("status.json", to_json({"state": state, "reason": reason, "heartbeat": time.time()} | process))
+
+    def ask_to_stop(self, reason: str) -> None:
+        "Tell the run, from any process, to end with what it has; it looks when it logs."
+        self.write("stop", reason)
+
+    def asked_to_stop(self) -> str:
+        "Why the run was told to stop; empty if it was not."
+        with suppress(FileNotFoundError):
+            return (self.path / "stop").read_text() or "asked to stop"
+        return ""
 
     def note(self, text: str, *values: Any) -> None:
         "A line in training.log."

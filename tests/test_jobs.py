@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spd import jobs
+from spd import jobs, spd_run
 from spd.decompose import load_run
 from spd.runs import RunFolder
 
@@ -62,7 +62,7 @@ def test_a_job_reports_its_run(tmp_path):
 
 def test_the_runner_leaves_the_executed_notebook_in_the_run_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IN_TEST", "1")
-    assert jobs.main(["tms_5-2", "-p", "steps", "20", "-p", "out_dir", str(tmp_path)]) == 0
+    assert spd_run.main(["tms_5-2", "-p", "steps", "20", "-p", "out_dir", str(tmp_path)]) == 0
     (run,) = tmp_path.iterdir()
     assert {"notebook.ipynb", "config.yaml", "summary.json", "metrics.jsonl"} <= {f.name for f in run.iterdir()}
     assert f"Run folder: {run}" in capsys.readouterr().out

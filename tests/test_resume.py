@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spd import jobs
+from spd import spd_run
 from spd.decompose import load_run
 from spd.files import read_tensors
 from spd.runs import RunFolder
@@ -168,8 +168,8 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on(tmp_path, sent):
-    command = [sys.executable, "-m", "spd.jobs", "tms_5-2", "-p", "steps", "4000", "-p", "batch_size", "64"]
-    command = [sys.executable, "-c", f"import sys; from spd.jobs import main; sys.exit(main({command[3:]!r}))"]
+    told = ["tms_5-2", "-p", "steps", "4000", "-p", "batch_size", "64"]
+    command = [sys.executable, "-c", f"import sys; from spd.spd_run import main; sys.exit(main({told!r}))"]
     env = os.environ | {"IN_TEST": "1", "SPD_RUNS": str(tmp_path), "SPD_CACHE": str(tmp_path / "cache")}
     job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
@@ -186,7 +186,7 @@ def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on
     assert stopped.verdict.status == "INCONCLUSIVE" and 300 <= run.load()[1]["step"] < 4000
     kept = (run.path / "notebook.ipynb").read_text()
     assert "4000 steps x" in kept and "KeyboardInterrupt" in kept
-    assert jobs.main(["--resume", str(run.path)]) == 0
+    assert spd_run.main(["--resume", str(run.path)]) == 0
     assert run.status()["state"] == "finished" and run.rows()[-1]["_step"] == 4000
     assert (run.path / "notebook-1.ipynb").read_text() == kept
     assert {f.name for f in (run.path / "figures").iterdir()} >= {"causal_importances.png", "history.png"}

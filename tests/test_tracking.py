@@ -218,7 +218,7 @@ def test_an_outage_stops_nothing_and_the_run_can_be_sent_later(server, env, tmp_
     there = server.runs[place["entity"], "proj", place["id"]]
     assert len(plain(there.history)) < len(run.rows())
     for _ in range(2):  # twice changes nothing
-        sent = python(f"from spd.jobs import main; raise SystemExit(main(['--sync', {str(run.path)!r}]))", env)
+        sent = python(f"from spd.spd_run import main; raise SystemExit(main(['--sync', {str(run.path)!r}]))", env)
         assert sent.returncode == 0, sent.stderr
         assert plain(there.history) == plain(run.rows())
     assert there.state == "finished"
@@ -271,7 +271,7 @@ def test_online_without_a_key_stops_before_anything_is_done(env, tmp_path):
 def test_a_job_with_a_key_leaves_it_nowhere(env, tmp_path):
     planted = "planted-" * 5
     command = ["tms_5-2", "-p", "steps", "20", "-p", "wandb_mode", "offline"]
-    code = f"import sys; from spd.jobs import main; sys.exit(main({command!r}))"
+    code = f"import sys; from spd.spd_run import main; sys.exit(main({command!r}))"
     keys = {"WANDB_API_KEY": planted, "HF_TOKEN": planted + "2", "IN_TEST": "1", "SPD_RUNS": str(tmp_path / "runs")}
     done = python(code, env | keys)
     assert done.returncode == 0, done.stderr
