@@ -61,6 +61,30 @@ def _git(*args: str) -> str | None:
     return None
 
 
+def _snapshot() -> Path:
+    return Path(str(files("spd"))).parent / "snapshot.json"
+
+
+def _code_state() -> dict[str, Any]:
+    "Commit, branch and changes of the running code."
+    if _snapshot().exists():
+        return read_json(_snapshot())
+    status = _git("status", "--porcelain") or ""
+    return {
+        "commit": (_git("rev-parse", "HEAD") or "").strip() or None,
+        "branch": (_git("branch", "--show-current") or "").strip() or None,
+        "dirty": bool(status), "untracked": [line[3:] for line in status.splitlines() if line.startswith("??")],
+    }  # fmt: skip
+
+
+def _code_changes() -> str | None:
+    "What was changed since the last commit, as a patch."
+    if _snapshot().exists():
+        patch = _snapshot().with_suffix(".patch")
+        return patch.read_text(errors="replace") if patch.exists() else None
+    return _git("diff", "HEAD", "--no-color", "--no-ext-diff")
+
+
 def notebook_hash(
     notebook: str | Path,  # its path
 ) -> str | None:  # None if it is not there
@@ -75,15 +99,10 @@ def provenance(
     notebook: str | None = None,  # file name of the chapter that runs
 ) -> dict[str, Any]:
     "Code, versions, hardware and command line of this process."
-    status = _git("status", "--porcelain") or ""
     shown = ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID", "WANDB_SWEEP_ID", "WANDB_RUN_ID", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "git": {
-            "commit": (_git("rev-parse", "HEAD") or "").strip() or None,
-            "branch": (_git("branch", "--show-current") or "").strip() or None,
-            "dirty": bool(status), "untracked": [line[3:] for line in status.splitlines() if line.startswith("??")],
-        },
+        "git": _code_state(),
         "notebook_hash": notebook and notebook_hash(Path(str(files("spd"))).parent / "nbs" / notebook),
         "argv": sys.argv,
         "environment": {k: os.environ[k] for k in shown if k in os.environ},
@@ -266,7 +285,7 @@ class RunFolder(SavedRun):
 
     def _record_origin(self, name: str, patch: str, extra: dict[str, Any]) -> None:
         self.write(name, to_json(scrub(provenance(extra.get("notebook")) | extra)))
-        if changes := _git("diff", "HEAD", "--no-color", "--no-ext-diff"):
+        if changes := _code_changes():
             self.write(patch, changes)
 
     def reopen(self, config: dict[str, Any]) -> Self:
