@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEAT', 'DEAD', 'logged_names', 'Sweep', 'choices', 'space', 'point_of', 'number_of', 'make_sampler', 'mend',
-           'open_study', 'Member', 'Agent', 'agent_lives', 'stop_orphan', 'new_sweep', 'agent_jobs', 'is_over']
+           'open_study', 'Member', 'Agent', 'agent_lives', 'stop_orphan', 'new_sweep', 'agent_jobs', 'trial_records',
+           'is_over']
 
 # %% ../nbs/22c_study.ipynb #94d8bd8d
 import os
@@ -462,6 +463,7 @@ def new_sweep(
 def agent_jobs(
     folder: str | Path,  # of a sweep
     n: int,  # agents
+    at: str | None = None,  # a sweep at W&B to work for: "wandb:ENTITY/PROJECT/ID"
 ) -> list[Path]:  # folders of their jobs
     "A job for each agent."
     if n < 1:
@@ -470,10 +472,15 @@ def agent_jobs(
     mend(folder / "journal.log")
     jobs = []
     for number in range(n):
-        job = Job(notebook="22d_agent.ipynb", parameters={"sweep_dir": str(folder), "number": number}, code=code)
+        job = Job(notebook="22f_agent.ipynb", parameters={"sweep_dir": at or str(folder), "number": number}, code=code)
         (folder / "agents" / str(number) / "job_status.json").unlink(missing_ok=True)  # of an earlier life
         jobs.append(job.write(folder / "agents" / str(number)))
     return jobs
+
+
+def trial_records(folder: str | Path) -> list[dict[str, Any]]:
+    "What the run folders say of the trials of a sweep, with the `run` folder of each."
+    return [read_json(p) | {"run": str(p.parent)} for p in sorted(Path(folder).glob("trials/*/trial.json"))]
 
 
 def is_over(folder: str | Path) -> bool:
