@@ -31,7 +31,7 @@ import torch
 
 import spd
 from .config import Config, unknown_names
-from .files import jsonable, read_json, scrub, to_json, write_atomic
+from .files import jsonable, read_json, runs_root, scrub, to_json, write_atomic
 from .registry import job_parameters, find_experiment, notebook_path, settings
 from .runs import RunFolder, new_run_path
 
@@ -285,7 +285,7 @@ def start_job(
     "A process that does a job."
     code = Job.read(folder).code or str(Path(spd.__path__[0]).parent)
     path = os.pathsep.join(p for p in (code, os.environ.get("PYTHONPATH")) if p)
-    env = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "SPD_RUNS": str(runs_root().absolute())}
     if device is not None:
         env["CUDA_VISIBLE_DEVICES"] = device
     with open(Path(folder) / "job.log", "ab") as log:

@@ -352,8 +352,9 @@ class RunFolder(SavedRun):
         return self
 
     def _open(self) -> None:
-        for torn in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:  # of a killed process
-            torn.unlink()
+        for torn in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
+            if not psutil.pid_exists(int(torn.name.split(".")[-2])):  # of a killed process
+                torn.unlink()
         metrics, rows = self.path / "metrics.jsonl", self.rows()
         if metrics.exists() and not (content := metrics.read_bytes()).endswith(b"\n"):
             write_atomic(metrics, content[: content.rfind(b"\n") + 1])

@@ -202,6 +202,7 @@ class WandbMirror:
         name, id = wandb_identity(self.folder)
         settings = _QUIET | PATIENCE | {"x_disable_stats": self.offline, "x_transaction_log_flush_interval": 1.0}
         before = read_wandb_log(self.folder.path)[0] if self.offline and [*self.folder.path.rglob("*.wandb")] else []
+        self.wandb.setup(self.wandb.Settings(run_id=id))  # in a sweep the client ignores the id given to init
         with explained():
             run = self.wandb.init(
                 id=id, name=name, entity=t.wandb_entity, project=t.wandb_project or os.environ.get("WANDB_PROJECT") or "spd",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from wandb_server import WandbServer
 
 pytest.importorskip("wandb")
@@ -227,3 +228,57 @@ def test_the_default_entity_and_what_is_not_emulated(server: WandbServer, client
     assert server.runs["tester", "a project", "two"].state == "finished" and server.unknown == []
     error = client.run("answer(failure(lambda: list(wandb.Api().projects('team'))))")
     assert "not emulated: GetProjects" in error[1] and set(server.unknown) == {"GetProjects"}
+
+
+SWEEP = {"method": "grid", "program": "try.py", "parameters": {"b": {"values": [1, 2]}, "a": {"values": [5e-07, 0.1]}}}
+TRY = """
+import json, sys, time, wandb
+run = wandb.init(config={"a": 3, "c": 4})
+json.dump([sys.argv[1:], dict(run.config)], open(run.id + ".json", "w"))
+for _ in range(600 if run.config["b"] == 9 else 1):
+    run.log({"loss": run.config["a"]})
+    time.sleep(0.1)
+"""
+AGENT = """
+from wandb.cli.cli import cli
+from wandb.wandb_agent import Agent
+Agent.POLL_INTERVAL = 0.5  # seconds; a real one waits 5
+cli(['agent', 'team/proj/sweep0'], standalone_mode=False)
+"""
+
+
+def test_an_agent_tries_a_grid_in_the_order_of_wandb(server: WandbServer, client: Client, tmp_path: Path):
+    (tmp_path / "try.py").write_text(TRY)
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))  # in JSON 5e-07 would be a text for YAML
+    client.run("from wandb.cli.cli import cli\ncli(['sweep', '-e', 'team', '-p', 'proj', 'sweep.yaml'])")
+    sweep = server.sweeps["sweep0"]
+    client.run(AGENT)
+    assert [tuple(point.items()) for point in sweep.runs.values()] == [
+        (("a", a), ("b", b)) for a in (5e-07, 0.1) for b in (1, 2)
+    ]
+    for id, point in sweep.runs.items():
+        run = server.runs["team", "proj", id]
+        assert (run.state, run.sweep, run.config) == ("finished", "sweep0", {**point, "c": 4})
+        assert [row["loss"] for row in run.history] == [point["a"]]
+    given, config = json.loads((tmp_path / "sweep0run0.json").read_text())
+    assert (given, config) == (["--a=5e-07", "--b=1"], {"a": 5e-07, "b": 1, "c": 4})
+    assert sweep.told == [("run", id) for id in sweep.runs] + [("exit", "")]
+    assert sweep.state == "FINISHED" and server.unknown == []
+
+
+def test_a_run_of_a_sweep_is_stopped_and_a_sweep_too(server: WandbServer, client: Client, tmp_path: Path):
+    (tmp_path / "try.py").write_text(TRY)
+    server.points = [{"a": 1, "b": 9}, {"a": 2, "b": 1}, {"a": 3, "b": 1}]
+    config = {**SWEEP, "method": "random", "run_cap": 2}
+    assert client.run(f"answer(wandb.sweep({config!r}, entity='team', project='proj'))") == "sweep0"
+    sweep = server.sweeps["sweep0"]
+    sweep.stop("sweep0run0")
+    client.run(AGENT)
+    assert list(sweep.runs.values()) == server.points[:2] and ("stop", "sweep0run0") in sweep.told
+    assert server.runs["team", "proj", "sweep0run1"].state == "finished"
+    state = "from wandb.cli.cli import cli\ncli(['sweep', '--{}', 'team/proj/sweep1'], standalone_mode=False)"
+    client.run(f"wandb.sweep({SWEEP!r}, entity='team', project='proj')")
+    for action, result in [("pause", "PAUSED"), ("resume", "RUNNING"), ("cancel", "CANCELED")]:
+        client.run(state.format(action))
+        assert server.sweeps["sweep1"].state == result
+    assert server.unknown == []

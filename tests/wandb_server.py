@@ -1,7 +1,8 @@
 """A stand-in on this machine for the Weights & Biases server: enough for the real client (0.31) and its wandb-core.
 
 It keeps what the client sends in `server.runs` and answers from there. What it is asked for and cannot answer is listed
-in `server.unknown`. `down`, `busy`, `deny` and `forbidden` make it fail.
+in `server.unknown`. `down`, `busy`, `deny` and `forbidden` make it fail. Sweeps are in `server.sweeps`: a grid is
+enumerated as W&B does it; other methods have no engine here and try what `server.points` lists.
 """
 
 import base64
@@ -9,13 +10,16 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
+
+import yaml
 
 USER = "tester"  # whose key it is; also the default entity
 API_KEY = "k" * 40  # any 40 characters will do
@@ -69,6 +73,7 @@ class Run:
     streams: dict[str, dict[int, str]] = field(default_factory=dict)  # file: number of the line: line
     files: dict[str, bytes] = field(default_factory=dict)
     artifacts: list[Artifact] = field(default_factory=list)  # which it logged
+    sweep: str | None = None  # the sweep it belongs to
 
     @property
     def config(self) -> dict[str, Any]:
@@ -85,11 +90,54 @@ class Run:
         return [line for _, line in sorted(self.streams.get(stream, {}).items())]
 
 
+@dataclass(eq=False)
+class Sweep:
+    """A sweep: what its runs are to try, and which of them shall stop."""
+
+    server_id: str
+    entity: str
+    project: str
+    id: str
+    config: dict[str, Any]
+    points: Iterator[dict[str, Any]] = field(repr=False)  # the parameters of runs to come
+    state: str = "RUNNING"  # PAUSED, CANCELED, FINISHED
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)  # handed to agents: id of the run: its parameters
+    agents: list[str] = field(default_factory=list)
+    stopped: set[str] = field(default_factory=set)
+    told: list[tuple[str, str]] = field(default_factory=list)  # type of every command and the run it is about
+
+    def stop(self, run_id: str) -> None:
+        """From now on its agent is told to stop this run."""
+        self.stopped.add(run_id)
+
+    def commands(self, running: Sequence[str]) -> list[dict[str, Any]]:
+        """What an agent is told that has these runs at work: one at a time, and `exit` (which kills) after the last."""
+        found = [{"type": "stop", "run_id": id} for id in running if id in self.stopped or self.state == "CANCELED"]
+        if not running and self.state != "PAUSED":
+            found = [self.next_run()]
+        self.told += [(command["type"], command.get("run_id", "")) for command in found]
+        return found
+
+    def next_run(self) -> dict[str, Any]:
+        """The command that starts a run, or ends the agent."""
+        full = len(self.runs) >= self.config.get("run_cap", math.inf)
+        point = None if full or self.state != "RUNNING" else next(self.points, None)
+        if point is None:
+            self.state = "FINISHED" if self.state == "RUNNING" else self.state
+            return {"type": "exit"}
+        id = f"{self.id}run{len(self.runs)}"
+        self.runs[id] = point
+        args = {name: {"value": value} for name, value in point.items()}
+        return {"type": "run", "run_id": id, "program": self.config.get("program", ""), "args": args}
+
+
 class WandbServer:
     """`with WandbServer() as server:` serves on a free port of 127.0.0.1. Run the client with `server.env`."""
 
     def __init__(self):
         self.runs: dict[tuple[str, str, str], Run] = {}  # by entity, project and id
+        self.sweeps: dict[str, Sweep] = {}  # by id
+        self.points: list[dict[str, Any]] = []  # what a sweep begun from now on tries, unless it is a grid
         self.requests: list[tuple[str, str, str]] = []  # method, path, GraphQL operation or ""
         self.unknown: list[str] = []
         self.down = False  # drop every connection
@@ -176,6 +224,7 @@ class WandbServer:
         run.display_name = v.get("displayName") or run.display_name
         run.group = v.get("groupName") or run.group
         run.job_type = v.get("jobType") or run.job_type
+        run.sweep = v.get("sweep") or run.sweep
         run.notes = v.get("notes") or run.notes
         run.tags = run.tags if v.get("tags") is None else v["tags"]
         run.raw_config = json.loads(v.get("config") or "null") or run.raw_config
@@ -246,6 +295,54 @@ class WandbServer:
             return {"fileCount": len(nodes), "files": page(nodes, v)}
 
         return self.of_run(v, answer)
+
+    # Operations: sweeps
+
+    def do_UpsertSweep(self, v: dict) -> dict:
+        """Begins a sweep, or (with an id) changes its state or config."""
+        sweep = next((sweep for sweep in self.sweeps.values() if sweep.server_id == v.get("id")), None)
+        if sweep is None:
+            place = v.get("entityName") or USER, v.get("projectName") or "uncategorized", f"sweep{len(self.sweeps)}"
+            config = yaml.safe_load(v["config"])
+            points = grid(config["parameters"]) if config["method"] == "grid" else self.points
+            sweep = self.sweeps[place[-1]] = Sweep(next(self.ids), *place, config, iter(points))
+        elif v.get("config"):
+            raise NotEmulated("another config for a sweep")
+        sweep.state = v.get("state") or sweep.state
+        node = {"name": sweep.id, "project": project_node(sweep.entity, sweep.project)}
+        return {"upsertSweep": {"sweep": node, "configValidationWarnings": []}}
+
+    def find_sweep(self, v: dict) -> Sweep | None:
+        """The sweep of an entity and a project that is meant."""
+        sweep = self.sweeps.get(v["sweep"])
+        entity = v.get("entity") or v.get("entityName") or USER
+        return (
+            sweep
+            if sweep and (sweep.entity, sweep.project) == (entity, v.get("project") or v.get("projectName"))
+            else None
+        )
+
+    def do_SweepWithRuns(self, v: dict) -> dict:
+        """A sweep and its runs."""
+        sweep = self.find_sweep(v)
+        runs = [run_node(run) for run in self.runs.values() if sweep and run.sweep == sweep.id]
+        return {"project": {"sweep": sweep and {**sweep_node(sweep), "runs": page(runs, {"perPage": len(runs)})}}}
+
+    do_GetSweepState = do_SweepWithRuns
+
+    def do_CreateAgent(self, v: dict) -> dict:
+        """An agent reports for work."""
+        sweep = self.find_sweep(v)
+        if sweep is None:
+            raise NotEmulated(f"an agent for the sweep {v['sweep']}, which there is not")
+        sweep.agents.append(next(self.ids))
+        return {"createAgent": {"agent": {"id": sweep.agents[-1]}}}
+
+    def do_Heartbeat(self, v: dict) -> dict:
+        """An agent says which runs it has at work and is told what to do."""
+        sweep = next(sweep for sweep in self.sweeps.values() if v["id"] in sweep.agents)
+        commands = sweep.commands(list(json.loads(v.get("runState") or "{}")))
+        return {"agentHeartbeat": {"agent": {"id": v["id"]}, "commands": json.dumps(commands)}}
 
     # Operations: artifacts
 
@@ -351,6 +448,27 @@ class WandbServer:
         return {"project": {"artifactCollection": {"__typename": "ArtifactSequence", **membership}}}
 
 
+def grid(parameters: dict[str, dict]) -> Iterator[dict[str, Any]]:
+    """The points of a grid in W&B's order: names sorted, the last one fastest."""
+    names = sorted(parameters)
+    for point in itertools.product(*(choices(parameters[name]) for name in names)):
+        yield dict(zip(names, point, strict=True))
+
+
+def choices(parameter: dict) -> list[Any]:
+    """The values of a parameter of a grid."""
+    match parameter:
+        case {"value": value}:
+            return [value]
+        case {"values": values}:
+            return values
+        case {"parameters": inner}:
+            return list(grid(inner))
+        case {"min": int(low), "max": int(high)}:
+            return list(range(low, high + 1))
+    raise NotEmulated(f"a grid over {parameter}")
+
+
 # Parts of replies
 
 
@@ -403,12 +521,24 @@ def run_node(run: Run) -> dict:
     return {
         **{"id": run.server_id, "name": run.id, "displayName": run.display_name, "state": run.state, "tags": run.tags},
         **{"group": run.group, "jobType": run.job_type, "notes": run.notes, "description": None, "commit": None},
-        **{"project": project_node(run.entity, run.project), "projectId": "1", "sweepName": None, "readOnly": False},
+        **{
+            "project": project_node(run.entity, run.project),
+            "projectId": "1",
+            "sweepName": run.sweep,
+            "readOnly": False,
+        },
         **{"historyLineCount": len(history), "eventsLineCount": len(events), "logLineCount": len(output)},
         **{"historyKeys": {"lastStep": last_step, "keys": {key: {} for row in run.history for key in row}}},
         **{"user": {"name": USER, "username": USER}, "createdAt": CREATED, "heartbeatAt": CREATED},
         **{name: json.dumps(value) for name, value in texts.items()},
     }
+
+
+def sweep_node(sweep: Sweep) -> dict:
+    config = {"config": yaml.safe_dump(sweep.config), "method": sweep.config["method"], "description": None}
+    times = dict.fromkeys(["createdAt", "heartbeatAt", "updatedAt"], CREATED)
+    more = {"earlyStopJobRunning": False, "bestLoss": None, "controller": None, "scheduler": None}
+    return {"id": sweep.server_id, "name": sweep.id, "state": sweep.state, **config, **times, **more}
 
 
 def artifact_node(artifact: Artifact) -> dict:
