@@ -288,7 +288,7 @@ def study(
     progress: bool = True,  # show what it costs and a progress bar
 ) -> list[Path]:  # the folders of all runs
     "Make the runs of an experiment that are not there yet."
-    root, notebook = Path(runs_dir or runs_root()), find_experiment(which).notebook
+    root, notebook = Path(runs_dir or runs_root()), str(find_experiment(which).notebook)
     toy, wanted = TOYS[notebook], []
     for first in target_seeds:
         target_config = settings(which, preset, smoke, target_seed=first)[0]
