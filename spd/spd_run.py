@@ -15,7 +15,7 @@ import yaml
 
 from .jobs import Job, adopt, keep_with_run, new_job, report, work
 from .registry import EXPERIMENTS
-from .slurm import Resources, describe, submit
+from .slurm import Resources, describe, need_slurm, submit
 from .snapshot import take_snapshot
 from .tracking import sync
 
@@ -59,14 +59,17 @@ def add_slurm(parser: argparse.ArgumentParser) -> None:
 
 
 def resources(args: argparse.Namespace) -> Resources | None:  # None: on this machine
-    "What each job is to get from the cluster; ValueError for flags that mean nothing without it."
+    "What each job is to get from the cluster; ValueError for flags that mean nothing without it, RuntimeError if there is none."
     names = ("partition", "gres", "cpus", "mem_gb", "parallel", "account", "qos", "constraint")
     given = {n: v for n in names if (v := getattr(args, n)) is not None} | ({"gpus": 0} if args.cpu else {})
     if args.hours is not None:
         given["minutes"] = round(60 * args.hours)
     if not args.slurm and set(given) - {"gpus"}:  # --cpu is the machine's own choice here
         raise ValueError(f"--{min(set(given) - {'gpus'})} goes with --slurm")
-    return Resources(**given) if args.slurm else None
+    if not args.slurm:
+        return None
+    need_slurm()
+    return Resources(**given)
 
 
 def job_name(

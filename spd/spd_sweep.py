@@ -114,6 +114,7 @@ def start(args: argparse.Namespace) -> tuple[Path, list[Path]]:  # the sweep's f
     sweep = sweep.model_copy(update={"code": str(take_snapshot().path)})
     if args.backend == "wandb":
         at = f"wandb:{make_at_wandb(sweep)}"
+        print(f"W&B sweep: {at.removeprefix('wandb:')}", flush=True)
     folder = new_sweep(sweep, args.job_suffix)
     return folder, agent_jobs(folder, args.n_agents, at)
 

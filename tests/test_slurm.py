@@ -12,11 +12,13 @@ import psutil
 import pytest
 from slurm import cluster  # noqa: F401
 
+from spd import spd_evals, spd_run, spd_sweep
 from spd.files import read_json
 from spd.jobs import Job, job_state
 from spd.runs import RunFolder
 from spd.slurm import Resources, SlurmJob, Watch, cancel, submit, wait
 from spd.snapshot import Snapshot, take_snapshot
+from spd.study import Sweep, trial_records
 
 CPU = Resources(gpus=0, cpus=1, minutes=30)
 PARAMETERS = 'seed = 0\nwhat = ""'
@@ -224,6 +226,46 @@ def test_a_job_that_must_go_saves_and_comes_back_to_the_same_result(cluster, sna
     assert RunFolder(stopped).status()["state"] == "finished"
     recorded = read_json(stopped / "provenance.json")
     assert recorded["git"]["commit"] == snapshot.commit and recorded["environment"]["SLURM_ARRAY_TASK_ID"] == "1"
+
+
+def test_a_sweep_with_agents_on_the_cluster(cluster, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path / "runs"))
+    metric, points = {"name": "val/miracle_distance"}, {"seed": {"values": [0, 1]}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"method": "grid", "metric": metric, "parameters": points}))
+    told = [
+        "tms_5-2",
+        "2",
+        "--sweep_params_file",
+        str(tmp_path / "sweep.yaml"),
+        "-p",
+        "steps",
+        "20",
+        "-p",
+        "batch_size",
+        "64",
+    ]
+    assert spd_sweep.main([*told, "--slurm", "--cpu", "--cpus", "1", "--mem_gb", "3", "--job_suffix", "two"]) == 0
+    assert "2 jobs in SLURM's queue" in capsys.readouterr().out
+    (sweep,) = (tmp_path / "runs" / "sweeps").iterdir()
+    assert sweep.name.startswith("sweep-tms_5-2-two-")
+    agents = [SlurmJob.of(folder) for folder in sorted((sweep / "agents").glob("[01]"))]
+    assert [state.word for state in wait(agents, every=1)] == ["done", "done"]
+    assert [(t["outcome"], t["point"]) for t in trial_records(sweep)] == [
+        ("finished", {"seed": 0}),
+        ("finished", {"seed": 1}),
+    ]
+    assert (sweep / "sweep_report.html").exists()  # the last agent wrote it
+    commits = {read_json(Path(t["run"]) / "provenance.json")["git"]["commit"] for t in trial_records(sweep)}
+    assert commits == {read_json(Path(str(Sweep.read(sweep).code)) / "snapshot.json")["commit"]}
+
+
+def test_without_slurm_the_way_out_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for main in (spd_run.main, spd_sweep.main, spd_evals.main):
+        which = [] if main is spd_evals.main else ["tms_5-2"] if main is spd_run.main else ["tms_5-2", "1"]
+        assert main([*which, "--slurm"]) == 2
+        assert "this machine has no SLURM" in (said := capsys.readouterr().err) and "leave --slurm out" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

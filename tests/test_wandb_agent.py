@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +22,6 @@ from spd.jobs import report
 from spd.runs import RunFolder
 
 pytest.importorskip("wandb")
-pytestmark = pytest.mark.slow
 
 KEY = "planted" * 6
 FOLDERS = ("HOME", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")
@@ -135,3 +135,22 @@ def test_a_stopped_run_is_no_failure_and_a_wrong_parameter_is_one(server, client
     there = server.runs["team", "proj", stopped]
     assert [row["_step"] for row in there.history if "train/loss/total" in row] == [row["_step"] for row in rows]
     assert there.state != "running"
+
+
+def test_our_command_makes_a_sweep_there_and_starts_agents(server, client):
+    """`spd-sweep --backend wandb`: the same file, W&B chooses the points, its agent is a job like any other."""
+    (client.folder / "sweep.yaml").write_text(
+        yaml.safe_dump({"method": "grid", "parameters": {"seed": {"values": [4]}}})
+    )
+    told = ["tms_5-2", "1", "--backend", "wandb", "--sweep_params_file", "sweep.yaml", "-p", "steps", "40"]
+    code = f"import sys; from spd.spd_sweep import main; sys.exit(main({told!r}))"
+    places = client.env | {"WANDB_ENTITY": "team", "WANDB_PROJECT": "proj"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=client.folder, env=places, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sweep = [*server.sweeps.values()][-1]
+    assert f"W&B sweep: team/proj/{sweep.id}" in done.stdout
+    assert [*sweep.runs.values()] == [{"seed": 4, "steps": 40}]
+    (run,) = [r for r in server.runs.values() if r.sweep == sweep.id]
+    assert run.state == "finished" and run.config["decompose"]["seed"] == 4
+    files = [path for path in client.folder.rglob("*") if path.is_file()]
+    assert len(files) > 30 and [path for path in files if b"plantedplanted" in path.read_bytes()] == []
