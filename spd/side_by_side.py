@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Parameters', 'Members', 'why_apart', 'gather', 'has_ended', 'member_of', 'distance', 'ranked', 'labels',
-           'plot_members']
+           'plain_log_axis', 'plot_members']
 
 # %% ../nbs/22b_side_by_side.ipynb #1bb8f95b
 import math
@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from pydantic import Field, ValidationError, field_validator
 
 from .config import Config, DecomposeConfig
@@ -151,6 +153,16 @@ def labels(
     return [", ".join(f"{k} {text(v[i])}" for k, v in changed.items()) or f"member {i}" for i in range(len(runs))]
 
 
+def plain_log_axis(
+    ax: Axes,
+) -> None:
+    "A logarithmic y-axis with labels such as 0.5, also within one decade."
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
 def plot_members(
     runs: Ensemble,
     key: str = "val/miracle_distance",  # logged
@@ -167,7 +179,8 @@ def plot_members(
         if points:
             ax.plot(*zip(*points, strict=True), color=color, **style)
             ax.plot(*points[-1], "o", color=color, markersize=4)
-    ax.set(xlabel="step", ylabel=ylabel, yscale="log")
+    ax.set(xlabel="step", ylabel=ylabel)
+    plain_log_axis(ax)
     if named:
         ax.legend(frameon=False, fontsize=SMALL)
     return fig
