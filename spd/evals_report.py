@@ -13,12 +13,11 @@ from typing import Any
 
 from IPython.display import HTML, Image, Markdown, display
 
-from .config import Config
 from .files import DamagedFile, read_json
 from .sweep_report import as_text, write_page
 
 # %% ../nbs/23a_evals_report.ipynb #03023c0d
-MARKS = {"PASS": "✅", "INCONCLUSIVE": "❔", "FAIL": "❌"}
+MARKS = {"PASS": "✓", "INCONCLUSIVE": "?", "FAIL": "✗"}  # in every font
 
 
 def read_evals(
@@ -49,13 +48,14 @@ def evals_table(
     rows: list[dict[str, Any]],  # from `read_evals`
 ) -> HTML:
     "One line per experiment, with a link to its section."
-    heads = ("", "experiment", "verdict", "expected", "minutes", "first reason not to pass", "notebook")
+    heads = ("experiment", "verdict", "expected", "as expected", "minutes", "first reason not to pass", "notebook")
     lines = []
     for row in rows:
         name = escape(row["experiment"])
         linked = [f'<a href="#{name}">{name}</a>', f"{MARKS.get(row['verdict'], '')} {row['verdict'] or 'failed'}"]
-        rest = [row["expected"], as_text(row["minutes"]), escape(row["reason"]), f'<a href="jobs/{name}/notebook.ipynb">open</a>']
-        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in ['✓' if row['ok'] else '<b>✗</b>', *linked, *rest])}</tr>")
+        expected = [row["expected"], "yes" if row["ok"] else "<b>no</b>", as_text(row["minutes"])]
+        rest = [escape(row["reason"]), f'<a href="jobs/{name}/notebook.ipynb">open</a>']
+        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in [*linked, *expected, *rest])}</tr>")
     head = "".join(f"<th>{h}</th>" for h in heads)
     return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -175,9 +176,9 @@ def plot_members(
     for i in sorted(range(len(runs)), key=named.__contains__):  # named ones on top
         points = [(r["_step"], r[key]) for r in runs[i].rows if r.get(key) is not None]
         what, color = named.get(i, ("", "0.7"))
-        style = {"linewidth": 1.6, "label": f"{what}: {labels(runs)[i]}"} if what else {"linewidth": 0.8}
+        label = f"{what}: {labels(runs)[i]}" if what else None
         if points:
-            ax.plot(*zip(*points, strict=True), color=color, **style)
+            ax.plot(*np.transpose(points), color=color, linewidth=1.6 if what else 0.8, label=label)
             ax.plot(*points[-1], "o", color=color, markersize=4)
     ax.set(xlabel="step", ylabel=ylabel)
     plain_log_axis(ax)

@@ -30,7 +30,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .config import Config
 from .early_stopping import bands, finite_values
 from .figures import COLORS, COMPONENT, SMALL, TARGET, panels, pareto_front, plot_pareto
 from .files import DamagedFile, read_json, scrub, write_atomic
@@ -162,11 +161,13 @@ def describe_sweep(
     counts = Counter(t["outcome"] for t in trials)
     ends = ", ".join(f"{counts[o]} {o}" for o in OUTCOMES if counts[o])
     passed = sum(t["verdict"] == "PASS" for t in trials)
-    text = f"**{len(trials)} trials of `{experiment}`** (method {sweep.method}): {ends or 'none has begun'}; {passed} with verdict PASS."
+    text = f"**{len(trials)} trials of `{experiment}`** (method {sweep.method}): {ends or 'none has begun'}; "
+    text += f"{passed} with verdict PASS."
     best = [t for t in sort_trials(trials, metric) if t["outcome"] == "finished" and t["value"] is not None][:1]
     for t in best:
         at = ", ".join(f"{n} = {as_text(v)}" for n, v in t["point"].items())
-        text += f" The best is trial {t['name']} with {metric.name} = {as_text(t['value'])} ({t['verdict'] or 'no verdict'}) at {at}."
+        verdict = t["verdict"] or "no verdict"
+        text += f" The best is trial {t['name']} with {metric.name} = {as_text(t['value'])} ({verdict}) at {at}."
     return Markdown(text)
 
 # %% ../nbs/22e_sweep_report.ipynb #90500452
@@ -275,7 +276,7 @@ def plot_parallel(
     trials: Sequence[dict[str, Any]],  # from `read_trials`
     sweep: SweepFile,
 ) -> Figure:
-    "One line per trial through its parameters to its value, dark ones good, those stopped early thin."
+    "One line per trial through its parameters to its value, dark ones good, those stopped early grey."
     metric, names = metric_of(sweep), list(sweep.searched())
     with_value = [t for t in sort_trials(trials, metric) if t["value"] is not None and t["outcome"] in ("finished", "stopped")]
     if not with_value:
@@ -288,9 +289,10 @@ def plot_parallel(
         height = float(scale(t["value"])) if max(values) > min(values) else 0.5
         y = [*(place(sweep, n, t["params"][n]) for n in names), height]
         ended = t["outcome"] == "finished"
-        ax.plot(y, color=colors(0.95 * height), linewidth=1.6 if ended else 0.7, alpha=0.95 if ended else 0.5)
+        ax.plot(y, color=colors(0.95 * height) if ended else "0.85", linewidth=1.6 if ended else 0.8)
     best = with_value[0]
-    ends = {0.0: as_text(float(min(values))), 1.0: as_text(float(max(values)))} if max(values) > min(values) else {0.5: as_text(values[0])}
+    low, high = float(min(values)), float(max(values))
+    ends = {0.0: as_text(low), 1.0: as_text(high)} if high > low else {0.5: as_text(low)}
     for x, ticks in enumerate([*(axis_ticks(sweep, n) for n in names), ends]):
         ax.axvline(x, color="0.2", linewidth=1, zorder=3)
         for y, text in ticks.items():
@@ -319,7 +321,8 @@ def importances(
     values = [t["value"] for t in known]
     varied = [n for n in sweep.searched() if len({t["params"][n] for t in known}) > 1]
     if len(known) < 4 or len(set(values)) < 2 or not varied:
-        raise TooLittle(f"Importances need 4 finished trials and two different values; there are {len(known)} and {len(set(values))}.")
+        there = f"there are {len(known)} and {len(set(values))}"
+        raise TooLittle(f"Importances need 4 finished trials and two different values; {there}.")
     laws: dict[str, Any] = {}
     for n in varied:
         counted = choices_of(sweep, n)
