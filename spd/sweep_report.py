@@ -39,6 +39,9 @@ from .side_by_side import plain_log_axis
 from .sweep_file import MIRACLE, Metric, SweepFile, distinct, read_sweep
 
 # %% ../nbs/22e_sweep_report.ipynb #ee714294
+OUTCOMES = ("finished", "stopped", "running", "interrupted", "failed")
+
+
 class TooLittle(ValueError):
     "A sweep has not come far enough for this."
 
@@ -69,6 +72,8 @@ def read_trial(
 ) -> dict[str, Any]:  # see `read_trials`
     "A trial as it stands."
     record, run = read_json(folder / "trial.json"), SavedRun(folder)
+    if record["outcome"] not in OUTCOMES:
+        raise LookupError(f"its outcome is {record['outcome']!r}, not one of {', '.join(OUTCOMES)}")
     summary = run.summary()
     numbers, verdict = summary.get("numbers", {}), summary.get("verdict", {})
     history = [(row["_step"], x) for row in run.rows() for x in finite_values([row.get(metric.name)])]
@@ -99,9 +104,6 @@ def read_trials(
     return found
 
 # %% ../nbs/22e_sweep_report.ipynb #91cec642
-OUTCOMES = ("finished", "stopped", "running", "interrupted", "failed")
-
-
 def sort_trials(
     trials: Sequence[dict[str, Any]],  # from `read_trials`
     metric: Metric,  # of the sweep
