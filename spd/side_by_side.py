@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['Parameters', 'Members', 'why_apart', 'gather', 'has_ended', 'member_of', 'distance', 'ranked', 'labels',
-           'plot_members']
+           'plain_log_axis', 'plot_members']
 
 # %% ../nbs/22b_side_by_side.ipynb #1bb8f95b
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from pydantic import Field, ValidationError, field_validator
 
 from .config import Config, DecomposeConfig
@@ -151,6 +154,16 @@ def labels(
     return [", ".join(f"{k} {text(v[i])}" for k, v in changed.items()) or f"member {i}" for i in range(len(runs))]
 
 
+def plain_log_axis(
+    ax: Axes,
+) -> None:
+    "A logarithmic y-axis with labels such as 0.5, also within one decade."
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
 def plot_members(
     runs: Ensemble,
     key: str = "val/miracle_distance",  # logged
@@ -163,11 +176,12 @@ def plot_members(
     for i in sorted(range(len(runs)), key=named.__contains__):  # named ones on top
         points = [(r["_step"], r[key]) for r in runs[i].rows if r.get(key) is not None]
         what, color = named.get(i, ("", "0.7"))
-        style = {"linewidth": 1.6, "label": f"{what}: {labels(runs)[i]}"} if what else {"linewidth": 0.8}
+        label = f"{what}: {labels(runs)[i]}" if what else None
         if points:
-            ax.plot(*zip(*points, strict=True), color=color, **style)
+            ax.plot(*np.transpose(points), color=color, linewidth=1.6 if what else 0.8, label=label)
             ax.plot(*points[-1], "o", color=color, markersize=4)
-    ax.set(xlabel="step", ylabel=ylabel, yscale="log")
+    ax.set(xlabel="step", ylabel=ylabel)
+    plain_log_axis(ax)
     if named:
         ax.legend(frameon=False, fontsize=SMALL)
     return fig
