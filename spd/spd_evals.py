@@ -26,7 +26,7 @@ from .snapshot import take_snapshot
 from .spd_run import add_parameters, add_slurm, given_parameters, job_name, resources
 
 # %% ../nbs/23b_spd_evals.ipynb #625d7650
-COLUMNS = ("experiment", "verdict", "expected", "ok", "minutes", "reason", "run")
+COLUMNS: tuple[str, ...] = ("experiment", "verdict", "expected", "ok", "minutes", "reason", "run")
 
 
 def new_evals(

@@ -61,7 +61,7 @@ def add_slurm(parser: argparse.ArgumentParser) -> None:
 def resources(args: argparse.Namespace) -> Resources | None:  # None: on this machine
     "What each job is to get from the cluster; ValueError for flags that mean nothing without it, RuntimeError if there is none."
     names = ("partition", "gres", "cpus", "mem_gb", "parallel", "account", "qos", "constraint")
-    given = {n: v for n in names if (v := getattr(args, n)) is not None} | ({"gpus": 0} if args.cpu else {})
+    given: dict[str, Any] = {n: v for n in names if (v := getattr(args, n)) is not None} | ({"gpus": 0} if args.cpu else {})
     if args.hours is not None:
         given["minutes"] = round(60 * args.hours)
     if not args.slurm and set(given) - {"gpus"}:  # --cpu is the machine's own choice here

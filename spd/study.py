@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEAT', 'DEAD', 'logged_names', 'Sweep', 'choices', 'space', 'point_of', 'number_of', 'make_sampler', 'mend',
-           'open_study', 'Member', 'Agent', 'agent_lives', 'stop_orphan', 'new_sweep', 'agent_jobs', 'trial_records',
-           'is_over']
+           'open_study', 'Member', 'Agent', 'agent_lives', 'checkpoint_of', 'stop_orphan', 'new_sweep', 'agent_jobs',
+           'trial_records', 'is_over']
 
 # %% ../nbs/22c_study.ipynb #94d8bd8d
 import os
@@ -294,7 +294,9 @@ class Agent:
         return groups
 
     def fits(self, one: Member, other: Member) -> bool:
-        "Whether two trials have the same target, and configs that the run axis can carry."
+        "Whether two trials have the same target, configs that the run axis can carry, and come from the same step."
+        if checkpoint_of(one.run) != checkpoint_of(other.run):
+            return False
         (target, config), (other_target, other_config) = (self.sweep.configs(m.point) for m in (one, other))
         with suppress(ValueError):
             check_members([config, other_config])
@@ -438,6 +440,11 @@ def agent_lives(
             return psutil.Process(life["pid"]).status() != psutil.STATUS_ZOMBIE
         return False
     return time.time() - life["heartbeat"] < DEAD
+
+
+def checkpoint_of(run: Path) -> str | None:
+    "Name of a run's last checkpoint; None if it has none."
+    return max((p.name for p in SavedRun(run).checkpoints()), default=None)
 
 
 def stop_orphan(folder: Path) -> None:

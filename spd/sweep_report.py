@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'STYLE', 'TooLittle', 'open_sweep', 'metric_of', 'best_of', 'read_trial', 'read_trials', 'sort_trials',
            'trials_table', 'as_text', 'shown', 'as_csv', 'describe_sweep', 'wide', 'plot_curves', 'decisions',
-           'savings', 'choices_of', 'axis_ticks', 'place', 'plot_parallel', 'importances', 'plot_importances',
-           'plot_front', 'success', 'report_notebook', 'to_html', 'write_page', 'if_possible', 'write_report']
+           'savings', 'axis_ticks', 'place', 'plot_parallel', 'importances', 'plot_importances', 'plot_front',
+           'success', 'report_notebook', 'to_html', 'write_page', 'if_possible', 'write_report']
 
 # %% ../nbs/22e_sweep_report.ipynb #9d591a94
 import csv
@@ -36,6 +36,7 @@ from .files import DamagedFile, read_json, scrub, write_atomic
 from .registry import notebook_path
 from .runs import SavedRun
 from .side_by_side import plain_log_axis
+from .study import choices
 from .sweep_file import MIRACLE, Metric, SweepFile, distinct, read_sweep
 
 # %% ../nbs/22e_sweep_report.ipynb #ee714294
@@ -236,22 +237,13 @@ def savings(
     return Markdown(f"{len(stopped)} of {ended} trials were stopped early, which saved {spared:.0%} of their work.")
 
 # %% ../nbs/22e_sweep_report.ipynb #a51e32aa
-def choices_of(
-    sweep: SweepFile,
-    name: str,  # of a searched parameter
-) -> Sequence[Any] | None:  # None: a number between 0 and 1 stands for the value
-    "The values that Optuna counts."
-    law = sweep.searched()[name]
-    return distinct(law.steps()) if sweep.method == "grid" else law.choices
-
-
 def axis_ticks(
     sweep: SweepFile,
     name: str,  # of a searched parameter
     most: int = 8,  # labels
 ) -> dict[float, str]:  # place between 0 and 1 -> value
     "What stands at a parameter's axis."
-    values, law = choices_of(sweep, name), sweep.searched()[name]
+    values, law = choices(sweep, name), sweep.searched()[name]
     if values is None:
         if "log_uniform" in law.kind:
             low, high = law.ends()
@@ -270,7 +262,7 @@ def place(
     param: float,  # as Optuna has it
 ) -> float:  # between 0 and 1
     "Where a value lies on its axis."
-    values = choices_of(sweep, name)
+    values = choices(sweep, name)
     return param if values is None else param / (len(values) - 1) if len(values) > 1 else 0.5
 
 
@@ -327,7 +319,7 @@ def importances(
         raise TooLittle(f"Importances need 4 finished trials and two different values; {there}.")
     laws: dict[str, Any] = {}
     for n in varied:
-        counted = choices_of(sweep, n)
+        counted = choices(sweep, n)
         numbers = counted is not None and all(isinstance(v, int | float) for v in counted)
         ordered = IntDistribution(0, len(counted or ()) - 1) if numbers else CategoricalDistribution(range(len(counted or (0,))))
         laws[n] = FloatDistribution(0, 1) if counted is None else ordered
