@@ -37,7 +37,7 @@ from .registry import notebook_path
 from .runs import SavedRun
 from .side_by_side import plain_log_axis
 from .study import choices
-from .sweep_file import MIRACLE, Metric, SweepFile, distinct, read_sweep
+from .sweep_file import MIRACLE, Metric, SweepFile, read_sweep
 
 # %% ../nbs/22e_sweep_report.ipynb #ee714294
 OUTCOMES = ("finished", "stopped", "running", "interrupted", "failed")
