@@ -107,7 +107,7 @@ def test_an_agent_runs_a_notebook_for_every_point(server, client):
         assert [step for step, _ in metric] == [0, 60]
         assert f"Run folder: {folder.path}" in report(folder.path / "notebook.ipynb")
     files = [path for path in client.folder.rglob("*") if path.is_file()]
-    assert len(files) > 30 and [path for path in files if b"plantedplanted" in path.read_bytes()] == []
+    assert len(files) > 30 and [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
 def test_a_stopped_run_is_no_failure_and_a_wrong_parameter_is_one(server, client):
@@ -153,4 +153,4 @@ def test_our_command_makes_a_sweep_there_and_starts_agents(server, client):
     (run,) = [r for r in server.runs.values() if r.sweep == sweep.id]
     assert run.state == "finished" and run.config["decompose"]["seed"] == 4
     files = [path for path in client.folder.rglob("*") if path.is_file()]
-    assert len(files) > 30 and [path for path in files if b"plantedplanted" in path.read_bytes()] == []
+    assert len(files) > 30 and [path for path in files if KEY.encode() in path.read_bytes()] == []
