@@ -3,6 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 DEPS := settings.ini setup.py constraints.txt
+PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 WRITTEN := tests setup.py# spd/ is generated: ruff checks it, but never formats it
 
 .PHONY: help install install-dev run bench test test-all check type format docs-check clean
@@ -26,11 +27,11 @@ bench: .venv/installed  ## Time steps, memory, compiling, importing and logging 
 
 test: .venv/installed-dev  ## Notebooks and tests, without the slow ones
 	nbdev_test
-	pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/installed-dev  ## Notebooks and tests, all of them
 	nbdev_test --flags slow
-	pytest
+	$(PYTEST)
 
 check: .venv/installed-dev  ## pre-commit on all files: nbdev_clean, ruff, pyright
 	pre-commit run --all-files
