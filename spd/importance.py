@@ -100,39 +100,34 @@ class LinearGate(nn.Module):
 CHUNK = 2**17  # hidden activations per chunk: half a megabyte, inside a core's L2 cache
 
 
-def _chunks(h: Tensor, hidden: int) -> list[tuple[slice, slice]]:  # h [E, B, C]
-    "Runs and rows to take at a time: rows of one run if it is large, several runs if they are small."
-    E, B, C = h.shape
-    rows = max(1, CHUNK // (C * hidden)) if h.device.type == "cpu" else B
-    runs = max(1, rows // B) if h.device.type == "cpu" else E
-    return [(slice(e, e + runs), slice(b, b + rows)) for e in range(0, E, runs) for b in range(0, B, rows)]
-
-
 class _PerComponentMLP(torch.autograd.Function):
-    "h [E, B, C]; w1, b1, w2 [E, H, 1, C] -> [E, B, C]; hidden activations are [runs, H, rows, C]."
+    "h [E, B, C]; w1, b1, w2 [E, H, 1, C] -> [E, B, C]; the hidden activations [E, H, B, C] are not kept."
 
     @staticmethod
     def forward(ctx, h, w1, b1, w2):
         ctx.save_for_backward(h, w1, b1, w2)
-        out = torch.empty_like(h)
-        for e, b in _chunks(h, w1.shape[1]):
-            z = torch.addcmul(b1[e], h[e, None, b], w1[e])
-            out[e, b] = (F.gelu(z) * w2[e]).sum(1)
-        return out
+        z = torch.addcmul(b1, h.unsqueeze(1), w1)
+        return F.gelu(z).mul_(w2).sum(1)
 
     @staticmethod
     def backward(ctx, grad):
         h, w1, b1, w2 = ctx.saved_tensors
-        dh, dw1, db1, dw2 = (torch.zeros_like(t) for t in (h, w1, b1, w2))
-        for e, b in _chunks(h, w1.shape[1]):
-            r, g = h[e, None, b], grad[e, None, b]
-            z = torch.addcmul(b1[e], r, w1[e])
-            dw2[e] += (F.gelu(z) * g).sum(2, keepdim=True)
-            dz = torch.ops.aten.gelu_backward(g * w2[e], z)
-            db1[e] += dz.sum(2, keepdim=True)
-            dw1[e] += (dz * r).sum(2, keepdim=True)
-            dh[e, b] = (dz * w1[e]).sum(1)
-        return dh, dw1, db1, dw2
+        r, g = h.unsqueeze(1), grad.unsqueeze(1)
+        z = torch.addcmul(b1, r, w1)
+        dw2 = F.gelu(z).mul_(g).sum(2, keepdim=True)
+        dz = torch.ops.aten.gelu_backward(g * w2, z)
+        db1, dw1 = dz.sum(2, keepdim=True), (dz * r).sum(2, keepdim=True)
+        return dz.mul_(w1).sum(1), dw1, db1, dw2
+
+
+def _in_chunks(h: Tensor, *weights: Tensor) -> Tensor:
+    "The same, some rows of one run at a time if it is large, several runs at a time if they are small."
+    E, B, C = h.shape
+    rows = max(1, CHUNK // (C * weights[0].shape[1]))
+    if h.device.type != "cpu" or E * B <= rows:
+        return _PerComponentMLP.apply(h, *weights)
+    runs = zip(*(t.split(max(1, rows // B)) for t in (h, *weights)), strict=True)
+    return torch.cat([torch.cat([_PerComponentMLP.apply(part, *w) for part in h.split(rows, 1)], 1) for h, *w in runs])
 
 
 class PerComponentMLP(nn.Module):
@@ -152,7 +147,7 @@ class PerComponentMLP(nn.Module):
             return (F.gelu(h.unsqueeze(-2) * w1 + b1) * w2).sum(-2) + self.b2.unsqueeze(-2)
         flat = h.flatten(lead, -2)
         flat, *weights = (flat, w1, b1, w2) if lead else (t[None] for t in (flat, w1, b1, w2))
-        return _PerComponentMLP.apply(flat, *weights).reshape(h.shape) + self.b2.unsqueeze(-2)
+        return _in_chunks(flat, *weights).reshape(h.shape) + self.b2.unsqueeze(-2)
 
 # %% ../nbs/02_importance.ipynb #d862f845
 class VectorMLP(nn.Module):
