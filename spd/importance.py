@@ -100,34 +100,52 @@ class LinearGate(nn.Module):
 CHUNK = 2**17  # hidden activations per chunk: half a megabyte, inside a core's L2 cache
 
 
+def _chunks(h: Tensor, hidden: int) -> list[tuple[slice, slice]]:  # h [E, B, C]
+    "Runs and rows to take at a time: rows of one run if it is large, several runs if they are small."
+    E, B, C = h.shape
+    rows = max(1, CHUNK // (C * hidden)) if h.device.type == "cpu" else E * B
+    runs = max(1, rows // B)
+    return [(slice(e, e + runs), slice(b, b + rows)) for e in range(0, E, runs) for b in range(0, B, rows)]
+
+
+def _mlp(h, w1, b1, w2):  # [E, B, C]; the weights are [E, H, 1, C], hidden activations [E, H, B, C]
+    return F.gelu(torch.addcmul(b1, h.unsqueeze(1), w1)).mul_(w2).sum(1)
+
+
+def _mlp_backward(grad, h, w1, b1, w2):  # gradients of h, w1, b1, w2
+    h, grad = h.unsqueeze(1), grad.unsqueeze(1)
+    z = torch.addcmul(b1, h, w1)
+    dw2 = F.gelu(z).mul_(grad).sum(2, keepdim=True)
+    dz = torch.ops.aten.gelu_backward(grad * w2, z)
+    db1, dw1 = dz.sum(2, keepdim=True), (dz * h).sum(2, keepdim=True)
+    return dz.mul_(w1).sum(1), dw1, db1, dw2
+
+
 class _PerComponentMLP(torch.autograd.Function):
-    "h [E, B, C]; w1, b1, w2 [E, H, 1, C] -> [E, B, C]; the hidden activations [E, H, B, C] are not kept."
+    "`_mlp` in chunks, its hidden activations computed again in the backward."
 
     @staticmethod
-    def forward(ctx, h, w1, b1, w2):
-        ctx.save_for_backward(h, w1, b1, w2)
-        z = torch.addcmul(b1, h.unsqueeze(1), w1)
-        return F.gelu(z).mul_(w2).sum(1)
+    def forward(ctx, h, *weights):
+        ctx.save_for_backward(h, *weights)
+        ctx.chunks = _chunks(h, weights[0].shape[1])
+        if len(ctx.chunks) == 1:
+            return _mlp(h, *weights)
+        out = torch.empty_like(h)
+        for e, b in ctx.chunks:
+            out[e, b] = _mlp(h[e, b], *(w[e] for w in weights))
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        h, w1, b1, w2 = ctx.saved_tensors
-        r, g = h.unsqueeze(1), grad.unsqueeze(1)
-        z = torch.addcmul(b1, r, w1)
-        dw2 = F.gelu(z).mul_(g).sum(2, keepdim=True)
-        dz = torch.ops.aten.gelu_backward(g * w2, z)
-        db1, dw1 = dz.sum(2, keepdim=True), (dz * r).sum(2, keepdim=True)
-        return dz.mul_(w1).sum(1), dw1, db1, dw2
-
-
-def _in_chunks(h: Tensor, *weights: Tensor) -> Tensor:
-    "The same, some rows of one run at a time if it is large, several runs at a time if they are small."
-    E, B, C = h.shape
-    rows = max(1, CHUNK // (C * weights[0].shape[1]))
-    if h.device.type != "cpu" or E * B <= rows:
-        return _PerComponentMLP.apply(h, *weights)
-    runs = zip(*(t.split(max(1, rows // B)) for t in (h, *weights)), strict=True)
-    return torch.cat([torch.cat([_PerComponentMLP.apply(part, *w) for part in h.split(rows, 1)], 1) for h, *w in runs])
+        h, *weights = ctx.saved_tensors
+        if len(ctx.chunks) == 1:
+            return _mlp_backward(grad, h, *weights)
+        dh, *sums = (torch.zeros_like(t) for t in (h, *weights))
+        for e, b in ctx.chunks:
+            dh[e, b], *parts = _mlp_backward(grad[e, b], h[e, b], *(w[e] for w in weights))
+            for total, part in zip(sums, parts, strict=True):
+                total[e] += part
+        return dh, *sums
 
 
 class PerComponentMLP(nn.Module):
@@ -147,7 +165,7 @@ class PerComponentMLP(nn.Module):
             return (F.gelu(h.unsqueeze(-2) * w1 + b1) * w2).sum(-2) + self.b2.unsqueeze(-2)
         flat = h.flatten(lead, -2)
         flat, *weights = (flat, w1, b1, w2) if lead else (t[None] for t in (flat, w1, b1, w2))
-        return _in_chunks(flat, *weights).reshape(h.shape) + self.b2.unsqueeze(-2)
+        return _PerComponentMLP.apply(flat, *weights).reshape(h.shape) + self.b2.unsqueeze(-2)
 
 # %% ../nbs/02_importance.ipynb #d862f845
 class VectorMLP(nn.Module):
