@@ -78,7 +78,7 @@ def estimate_step_seconds(
         total.backward()
         total.item()
         times.append(time.perf_counter() - start)
-    stack.parts.zero_grad(set_to_none=len(stack.states) == 1)
+    stack.forget()
     return times[0], sorted(times[1:])[n // 2]
 
 

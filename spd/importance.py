@@ -103,36 +103,49 @@ CHUNK = 2**17  # hidden activations per chunk: half a megabyte, inside a core's 
 def _chunks(h: Tensor, hidden: int) -> list[tuple[slice, slice]]:  # h [E, B, C]
     "Runs and rows to take at a time: rows of one run if it is large, several runs if they are small."
     E, B, C = h.shape
-    rows = max(1, CHUNK // (C * hidden)) if h.device.type == "cpu" else B
-    runs = max(1, rows // B) if h.device.type == "cpu" else E
+    rows = max(1, CHUNK // (C * hidden)) if h.device.type == "cpu" else E * B
+    runs = max(1, rows // B)
     return [(slice(e, e + runs), slice(b, b + rows)) for e in range(0, E, runs) for b in range(0, B, rows)]
 
 
+def _mlp(h, w1, b1, w2):  # [E, B, C]; the weights are [E, H, 1, C], hidden activations [E, H, B, C]
+    return F.gelu(torch.addcmul(b1, h.unsqueeze(1), w1)).mul_(w2).sum(1)
+
+
+def _mlp_backward(grad, h, w1, b1, w2):  # gradients of h, w1, b1, w2
+    h, grad = h.unsqueeze(1), grad.unsqueeze(1)
+    z = torch.addcmul(b1, h, w1)
+    dw2 = F.gelu(z).mul_(grad).sum(2, keepdim=True)
+    dz = torch.ops.aten.gelu_backward(grad * w2, z)
+    db1, dw1 = dz.sum(2, keepdim=True), (dz * h).sum(2, keepdim=True)
+    return dz.mul_(w1).sum(1), dw1, db1, dw2
+
+
 class _PerComponentMLP(torch.autograd.Function):
-    "h [E, B, C]; w1, b1, w2 [E, H, 1, C] -> [E, B, C]; hidden activations are [runs, H, rows, C]."
+    "`_mlp` in chunks, its hidden activations computed again in the backward."
 
     @staticmethod
-    def forward(ctx, h, w1, b1, w2):
-        ctx.save_for_backward(h, w1, b1, w2)
+    def forward(ctx, h, *weights):
+        ctx.save_for_backward(h, *weights)
+        ctx.chunks = _chunks(h, weights[0].shape[1])
+        if len(ctx.chunks) == 1:
+            return _mlp(h, *weights)
         out = torch.empty_like(h)
-        for e, b in _chunks(h, w1.shape[1]):
-            z = torch.addcmul(b1[e], h[e, None, b], w1[e])
-            out[e, b] = (F.gelu(z) * w2[e]).sum(1)
+        for e, b in ctx.chunks:
+            out[e, b] = _mlp(h[e, b], *(w[e] for w in weights))
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        h, w1, b1, w2 = ctx.saved_tensors
-        dh, dw1, db1, dw2 = (torch.zeros_like(t) for t in (h, w1, b1, w2))
-        for e, b in _chunks(h, w1.shape[1]):
-            r, g = h[e, None, b], grad[e, None, b]
-            z = torch.addcmul(b1[e], r, w1[e])
-            dw2[e] += (F.gelu(z) * g).sum(2, keepdim=True)
-            dz = torch.ops.aten.gelu_backward(g * w2[e], z)
-            db1[e] += dz.sum(2, keepdim=True)
-            dw1[e] += (dz * r).sum(2, keepdim=True)
-            dh[e, b] = (dz * w1[e]).sum(1)
-        return dh, dw1, db1, dw2
+        h, *weights = ctx.saved_tensors
+        if len(ctx.chunks) == 1:
+            return _mlp_backward(grad, h, *weights)
+        dh, *sums = (torch.zeros_like(t) for t in (h, *weights))
+        for e, b in ctx.chunks:
+            dh[e, b], *parts = _mlp_backward(grad[e, b], h[e, b], *(w[e] for w in weights))
+            for total, part in zip(sums, parts, strict=True):
+                total[e] += part
+        return dh, *sums
 
 
 class PerComponentMLP(nn.Module):

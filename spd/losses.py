@@ -12,6 +12,8 @@ __all__ = ['zero_is_silent', 'rows_to_keep', 'merge_zeros', 'per_run', 'weighted
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -47,11 +49,11 @@ def merge_zeros(
     keep: int | None = None,  # rows for inputs that are not all zero, what does not fit is left out; None = as many as there are
 ) -> tuple[Tensor, Tensor]:  # [keep + 1, n] rows, [keep + 1] their weights: 1, 0 for padding, the last one's for all zero rows
     "Replace all the all-zero rows by a single one that carries their weight."
-    live = x.any(-1)
+    live = x.abs().amax(-1) != 0  # `any(-1)`, five times as fast
     keep = int(live.sum()) if keep is None else keep
     at = torch.nonzero_static(live, size=keep, fill_value=len(x))[:, 0]  # the rows to keep, then the added one
     weight = torch.cat([(at < len(x)).to(x.dtype), (~live).sum(dtype=x.dtype)[None]])
-    return F.pad(F.pad(x, (0, 0, 0, 1))[at], (0, 0, 0, 1)), weight
+    return F.pad(F.pad(x, (0, 0, 0, 1)).index_select(0, at), (0, 0, 0, 1)), weight
 
 
 def per_run(
@@ -69,7 +71,7 @@ def weighted_mean(
 ) -> Tensor:  # scalar
     "Mean over everything, inputs counted by weight."
     each = values.flatten(lead + 1).mean(-1) if values.ndim > lead + 1 else values
-    return each.mean(-1) if weight is None else (each * weight).sum(-1) / weight.sum(-1)
+    return each.mean(-1) if weight is None else (each * (weight / weight.sum(-1, keepdim=True))).sum(-1)
 
 
 def component_means(
@@ -79,14 +81,15 @@ def component_means(
 ) -> Tensor:  # [C]
     "Mean of every component over inputs and positions, inputs counted by weight."
     values = values.flatten(lead + 1, -2).mean(-2) if values.ndim > lead + 2 else values
-    return values.mean(-2) if weight is None else (weight[..., None, :] @ values)[..., 0, :] / weight.sum(-1, keepdim=True)
+    return values.mean(-2) if weight is None else ((weight / weight.sum(-1, keepdim=True))[..., None, :] @ values)[..., 0, :]
 
 # %% ../nbs/04_losses.ipynb #5779508d
 def faithfulness(model: ComponentModel) -> Tensor:  # scalar
     "Mean squared difference between summed components and target weights, over all their entries (SPD eq. 3)."
     weights = model.weights()
-    squared = torch.stack([(W - model[n].weight()).square().flatten(-2).sum(-1) for n, W in weights.items()])
-    return squared.sum(0) / sum(W.numel() for W in weights.values())
+    squared = {n: (W - model[n].weight()).square().flatten(-2).sum(-1) for n, W in weights.items() if n not in model.ties}
+    tied = [squared[source] for source, _ in model.ties.values()]  # as far from their weights as their sources
+    return reduce(add, [*squared.values(), *tied]) / sum(W.numel() for W in weights.values())
 
 # %% ../nbs/04_losses.ipynb #8ae82293
 def relative_faithfulness(model: ComponentModel) -> Tensor:  # scalar
@@ -124,7 +127,7 @@ def output_divergence(
 ) -> Tensor:  # scalar
     "Mean squared error over all entries, or mean KL(target || out) over inputs and positions."
     if kind == "mse":
-        return weighted_mean((out - target).square(), weight, lead)
+        return weighted_mean(F.mse_loss(out, target, reduction="none"), weight, lead)
     p, q = target.log_softmax(-1), out.log_softmax(-1)
     return weighted_mean((p.exp() * (p - q)).sum(-1), weight, lead)
 
@@ -282,7 +285,7 @@ def recon_under(
     weight: Tensor | None = None,  # [B] weight of each input
 ) -> Tensor:  # scalar
     "Mean output divergence over several masked forwards."
-    return torch.stack([output_divergence(model(x, m).to(out), out, kind, weight, model.lead) for m in masks]).mean(0)
+    return reduce(add, (output_divergence(model(x, m).to(out), out, kind, weight, model.lead) for m in masks)) / len(masks)
 
 
 def hidden_acts_recon(
@@ -371,5 +374,5 @@ def step_losses(
     with step_precision(config, x):
         recon, climbed = recon_losses(model, x, clean, tilted or ci.lower, weight, noise, config, sources)
     losses |= recon
-    losses["total"] = torch.stack([(coeffs or own)[n] * loss for n, loss in losses.items()]).sum(0)
+    losses["total"] = reduce(add, ((coeffs or own)[n] * loss for n, loss in losses.items()))
     return losses, ci.lower, climbed

@@ -83,7 +83,8 @@ def stochastic_masks(
     "m = g + (1 - g) r for components, the noise itself for the delta component, the original where not chosen."
     masks = {}
     for n, g in ci.items():
-        a, b = g + (1 - g) * noise.components[n], None
+        r = noise.components[n]
+        a, b = r + g * (1 - r), None
         if noise.delta is not None:
             a, b = a - noise.delta[n], noise.delta[n]
         if noise.chosen is not None:

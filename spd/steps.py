@@ -13,7 +13,7 @@ import atexit
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -279,7 +279,7 @@ def grad_norm(params: list[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
 
 
-def clip(params: list[nn.Parameter], largest: float | None) -> None:
+def clip(params: Iterable[nn.Parameter], largest: float | None) -> None:
     "Scale the gradients of `params` down to a total norm of `largest`, if given."
     if largest is not None:
         torch.nn.utils.clip_grad_norm_(params, largest)
@@ -456,9 +456,15 @@ class Stack:
         self.states, self.config = list(states), states[0].config
         self.sources = states[0].sources if len(states) == 1 else stack_trees([s.sources for s in states])
         self.parts = states[0].parts if len(states) == 1 else stack_parts([s.parts for s in states])
+        self.params = list(trained(self.parts).values())
         device = self.device = states[0].streams.data.device
         coeffs = [s.config.losses.coefficients() for s in states]
         self.coeffs = {n: each_or_one([c[n] for c in coeffs], device) for n in coeffs[0]}
+
+    def forget(self) -> None:
+        "Clear the gradients; those of several runs stay in memory, as the members' own are views into them."
+        for p in self.params:
+            p.grad = None if len(self.states) == 1 or p.grad is None else p.grad.zero_()
 
     def shape(self, step: int) -> float | Tensor:
         "The shape of importance minimality; for a compiler one that changes is a tensor, as a number would be a constant to it."
@@ -492,21 +498,22 @@ class Stack:
 
     def gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
         "Every run's gradients, a mean over `accumulate` batches; mean losses; importances and weights of the last batch."
-        self.parts.zero_grad(set_to_none=False)
+        self.forget()
         n, mean = self.config.accumulate, {}
         for _ in range(n):
             losses, ci, weight, climbed = self.batch_losses([s.streams for s in self.states], self.states[0].step)
             (losses["total"].sum() / n).backward()
-            self.advance(climbed)
+            if climbed:
+                self.advance(climbed)
             mean = {k: mean.get(k, 0) + v.detach() / n for k, v in losses.items()}
-        average([*mean.values(), *(p.grad for p in self.parts.parameters() if p.grad is not None)])
+        average([*mean.values(), *(p.grad for p in self.params if p.grad is not None)])
         return mean, ci, weight
 
     def update(self) -> None:
         "Clip and apply every run's gradients."
         for s in self.states:
-            clip(list(s.parts.model.components.parameters()), s.config.grad_clip_components)
-            clip(list(s.parts.ci_fns.parameters()), s.config.grad_clip_ci_fns)
+            clip(s.parts.model.components.parameters(), s.config.grad_clip_components)
+            clip(s.parts.ci_fns.parameters(), s.config.grad_clip_ci_fns)
             for optimizer in s.optimizers:
                 optimizer.param_groups[0]["lr"] = s.config.lr(s.step, s.config.steps)
                 optimizer.step()
