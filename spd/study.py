@@ -320,6 +320,10 @@ class Agent:
     def do(self, group: list[Member]) -> None:
         "Run trials in one process and tell the study how they ended."
         folder = self.job(group)
+        if self.wish.signal:  # it came while another group was at work
+            for member in group:
+                self.end(member, "interrupted", self.wish.signal)
+            return
         stop_orphan(folder)
         process = start_job(folder)
         while process.poll() is None and not self.wish.signal:
@@ -327,9 +331,14 @@ class Agent:
             time.sleep(self.poll)
         stop_jobs([process])
         self.look(group)
-        state = job_state(folder)
+        said = job_state(folder)
+        state = said["state"]
+        if self.wish.signal and state in ("waiting", "running", "killed"):  # before it began, or it was too slow
+            state = "interrupted"
+        elif state == "waiting" and process.returncode < 0:
+            state = "killed"
         for member in group:
-            self.end(member, state["state"], state["reason"])
+            self.end(member, state, said["reason"] or f"see {folder / 'job.log'}")
 
     def look(self, group: list[Member]) -> None:
         "Report what runs have logged; ask those to stop that fall behind."
@@ -352,7 +361,7 @@ class Agent:
     def end(self, m: Member, state: str, why: str) -> None:
         "Tell the study how a trial ended."
         history = m.history(self.metric.name if self.metric else None)
-        if state in ("interrupted", "killed") or (state == "running" and self.wish.signal):
+        if state in ("interrupted", "killed"):
             again = m.trial.user_attrs.get("again", 0) + (state == "killed")
             self.tell(m.trial, "interrupted" if state != "killed" else "killed")
             if again <= self.sweep.retries:
