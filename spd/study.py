@@ -360,14 +360,18 @@ class Agent:
 
     def end(self, m: Member, state: str, why: str) -> None:
         "Tell the study how a trial ended."
-        history = m.history(self.metric.name if self.metric else None)
+        history, own = m.history(self.metric.name if self.metric else None), SavedRun(m.run).status()
+        if own["reason"].startswith("FloatingPointError"):  # in a pack, each ends in its own way
+            state, why = "failed", own["reason"]
+        elif m.stopped and own["reason"] == m.stopped:  # it had ended before the others were interrupted
+            state = "done"
         if state in ("interrupted", "killed"):
             again = m.trial.user_attrs.get("again", 0) + (state == "killed")
             self.tell(m.trial, "interrupted" if state != "killed" else "killed")
             if again <= self.sweep.retries:
                 self.queue_again(m.trial.params, m.trial.number, m.trial.user_attrs["run"], again)
             self.note(m, "interrupted", reason=why)
-        elif m.stopped:
+        elif m.stopped and own["state"] != "finished":  # else it was faster than the wish
             self.tell(m.trial, "stopped", self.imputed(history))
             self.note(m, "stopped", self.best(history), m.stopped)
         elif state != "done":
