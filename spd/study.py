@@ -349,14 +349,17 @@ class Agent:
             for i, value in list(enumerate(m.history(self.metric.name)))[m.told :]:
                 m.trial.report(value, i + 1)
                 m.told = i + 1
-        trials = [t for t in self.study.get_trials(deepcopy=False) if t.intermediate_values]
+        reported = [t for t in self.study.get_trials(deepcopy=False) if t.intermediate_values]
+        trials = list({t.user_attrs["run"]: t for t in reported}.values())  # a run that was taken up again counts once
         mine = {m.trial.number: m for m in group if not m.stopped}
         histories = [[t.intermediate_values[k] for k in sorted(t.intermediate_values)] for t in trials]
         verdicts = judge(self.file.early_terminate, self.metric.goal, histories, [t.number in mine for t in trials])
         for t, verdict in zip(trials, verdicts, strict=True):
             if verdict is not None and verdict.stop:
                 mine[t.number].stopped = reason(verdict, self.metric)
-                RunFolder(mine[t.number].run).ask_to_stop(mine[t.number].stopped)
+        for m in group:
+            if m.stopped and not (run := RunFolder(m.run)).asked_to_stop():  # a run that is taken up drops an earlier wish
+                run.ask_to_stop(m.stopped)
 
     def end(self, m: Member, state: str, why: str) -> None:
         "Tell the study how a trial ended."
