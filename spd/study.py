@@ -29,7 +29,7 @@ from .files import jsonable, read_json, runs_root, to_json, write_atomic
 from .jobs import Job, job_state, start_job, stop_jobs
 from .registry import TOYS, find_experiment, job_parameters, settings
 from .runs import RunFolder, SavedRun, new_run_path
-from .steps import check_members
+from .side_by_side import gather
 from .sweep_file import Law, SweepFile, distinct
 
 if TYPE_CHECKING:  # optuna takes a second to import
@@ -294,13 +294,12 @@ class Agent:
         return groups
 
     def fits(self, one: Member, other: Member) -> bool:
-        "Whether two trials have the same target, configs that the run axis can carry, and come from the same step."
+        "Whether two trials can train side by side, and come from the same step."
         if checkpoint_of(one.run) != checkpoint_of(other.run):
             return False
-        (target, config), (other_target, other_config) = (self.sweep.configs(m.point) for m in (one, other))
         with suppress(ValueError):
-            check_members([config, other_config])
-            return target == other_target
+            gather(self.sweep.experiment, [self.sweep.trial_parameters(m.point) for m in (one, other)])
+            return True
         return False
 
     def job(self, group: list[Member]) -> Path:  # its folder
