@@ -29,7 +29,8 @@ def read_evals(
     with open(path, newline="", encoding="utf-8") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     for row in rows:
-        row["ok"] = row["ok"].strip().lower() in ("true", "yes", "1", "ok")
+        said = row["ok"].strip().lower()  # "-": nothing is expected but that the job gets to its end
+        row["ok"] = row["verdict"] in MARKS if said == "-" else said in ("true", "yes", "1", "ok")
         row["minutes"] = float(row["minutes"]) if row["minutes"] else None
     return rows
 

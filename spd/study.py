@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BEAT', 'DEAD', 'logged_names', 'Sweep', 'choices', 'space', 'point_of', 'number_of', 'make_sampler', 'mend',
-           'open_study', 'Member', 'Agent', 'agent_lives', 'checkpoint_of', 'stop_orphan', 'new_sweep', 'agent_jobs',
-           'trial_records', 'is_over']
+           'open_study', 'Member', 'Agent', 'agent_lives', 'silence', 'checkpoint_of', 'at_work', 'works_elsewhere',
+           'stop_orphan', 'optuna_finished', 'new_sweep', 'agent_jobs', 'trial_records', 'is_over']
 
 # %% ../nbs/22c_study.ipynb #94d8bd8d
+import math
 import os
 import platform
 import time
@@ -29,7 +30,7 @@ from .files import jsonable, read_json, runs_root, to_json, write_atomic
 from .jobs import Job, job_state, start_job, stop_jobs
 from .registry import TOYS, find_experiment, job_parameters, settings
 from .runs import RunFolder, SavedRun, new_run_path
-from .steps import check_members
+from .side_by_side import gather
 from .sweep_file import Law, SweepFile, distinct
 
 if TYPE_CHECKING:  # optuna takes a second to import
@@ -224,21 +225,24 @@ class Agent:
         self.folder, self.number, self.poll = Path(folder).absolute(), number, poll
         self.sweep, self.study = Sweep.read(folder), open_study(folder, number)
         self.file, self.metric = self.sweep.file, self.sweep.file.metric
-        self.beat_at, self.wish = 0.0, StopWish()
+        self.beat_at, self.wish, self.waits = 0.0, StopWish(), False
         self.name = f"{number}-{platform.node()}-{os.getpid()}"  # of this life of it
 
     def beat(self) -> None:
         "Show that the agent lives."
         if time.time() - self.beat_at > BEAT:
             self.beat_at = time.time()
-            life = {"host": platform.node(), "pid": os.getpid(), "heartbeat": self.beat_at}
+            life = {"host": platform.node(), "pid": os.getpid(), "born": psutil.Process().create_time()}
+            life["heartbeat"] = self.beat_at
             write_atomic(self.folder / "agents" / "alive" / f"{self.name}.json", to_json(life))
 
     def run(self) -> int:  # trials done
         "Work until there is nothing left, or until SIGINT or SIGTERM."
         done = 0
         with self.wish as wish:
-            while not wish.signal and (members := self.take()):
+            while not wish.signal and ((members := self.take()) or self.waits):
+                if not members:
+                    time.sleep(self.poll)
                 for group in self.packs(members):
                     self.do(group)
                     done += len(group)
@@ -252,6 +256,7 @@ class Agent:
         self.reap()
         taken = []
         while len(taken) < self.sweep.pack and self.left():
+            self.beat()
             trial = self.study.ask(fixed_distributions=space(self.file))
             if "retry_of" not in trial.user_attrs:
                 index = number_of(self.study, trial.number)
@@ -294,13 +299,12 @@ class Agent:
         return groups
 
     def fits(self, one: Member, other: Member) -> bool:
-        "Whether two trials have the same target, configs that the run axis can carry, and come from the same step."
+        "Whether two trials can train side by side, and come from the same step."
         if checkpoint_of(one.run) != checkpoint_of(other.run):
             return False
-        (target, config), (other_target, other_config) = (self.sweep.configs(m.point) for m in (one, other))
         with suppress(ValueError):
-            check_members([config, other_config])
-            return target == other_target
+            gather(self.sweep.experiment, [self.sweep.trial_parameters(m.point) for m in (one, other)])
+            return True
         return False
 
     def job(self, group: list[Member]) -> Path:  # its folder
@@ -320,16 +324,35 @@ class Agent:
     def do(self, group: list[Member]) -> None:
         "Run trials in one process and tell the study how they ended."
         folder = self.job(group)
+        if self.wish.signal:  # it came while another group was at work
+            return self.end_all(group, "interrupted", self.wish.signal)
         stop_orphan(folder)
+        self.note_job(group, folder)
         process = start_job(folder)
         while process.poll() is None and not self.wish.signal:
             self.look(group)
             time.sleep(self.poll)
         stop_jobs([process])
         self.look(group)
-        state = job_state(folder)
-        for member in group:
-            self.end(member, state["state"], state["reason"])
+        said = job_state(folder)
+        state = said["state"]
+        if self.wish.signal and state in ("waiting", "running", "killed"):  # before it began, or it was too slow
+            state = "interrupted"
+        elif state == "waiting" and process.returncode < 0:
+            state = "killed"
+        self.end_all(group, state, said["reason"] or f"see {folder / 'job.log'}")
+
+    def note_job(self, group: list[Member], folder: Path) -> None:
+        "Who takes up these trials, should this agent die, must know their job."
+        for m in group:
+            with suppress(optuna_finished()):
+                m.trial.set_user_attr("job", str(folder.relative_to(self.folder)))
+
+    def end_all(self, group: list[Member], state: str, why: str) -> None:
+        "Tell the study how the trials of a job ended; not of those that another agent took up, as this one seemed dead."
+        for m in group:
+            with suppress(optuna_finished()):
+                self.end(m, state, why)
 
     def look(self, group: list[Member]) -> None:
         "Report what runs have logged; ask those to stop that fall behind."
@@ -337,28 +360,36 @@ class Agent:
         if not (self.file.early_terminate and self.metric):
             return
         for m in group:
-            for i, value in list(enumerate(m.history(self.metric.name)))[m.told :]:
-                m.trial.report(value, i + 1)
-                m.told = i + 1
-        trials = [t for t in self.study.get_trials(deepcopy=False) if t.intermediate_values]
+            with suppress(optuna_finished()):
+                for i, value in list(enumerate(m.history(self.metric.name)))[m.told :]:
+                    m.trial.report(value, i + 1)
+                    m.told = i + 1
+        reported = [t for t in self.study.get_trials(deepcopy=False) if t.intermediate_values]
+        trials = list({t.user_attrs["run"]: t for t in reported}.values())  # a run that was taken up again counts once
         mine = {m.trial.number: m for m in group if not m.stopped}
         histories = [[t.intermediate_values[k] for k in sorted(t.intermediate_values)] for t in trials]
         verdicts = judge(self.file.early_terminate, self.metric.goal, histories, [t.number in mine for t in trials])
         for t, verdict in zip(trials, verdicts, strict=True):
             if verdict is not None and verdict.stop:
                 mine[t.number].stopped = reason(verdict, self.metric)
-                RunFolder(mine[t.number].run).ask_to_stop(mine[t.number].stopped)
+        for m in group:
+            if m.stopped and not (run := RunFolder(m.run)).asked_to_stop():  # a run that is taken up drops an earlier wish
+                run.ask_to_stop(m.stopped)
 
     def end(self, m: Member, state: str, why: str) -> None:
         "Tell the study how a trial ended."
-        history = m.history(self.metric.name if self.metric else None)
-        if state in ("interrupted", "killed") or (state == "running" and self.wish.signal):
+        history, own = m.history(self.metric.name if self.metric else None), SavedRun(m.run).status()
+        if own["reason"].startswith("FloatingPointError"):  # in a pack, each ends in its own way
+            state, why = "failed", own["reason"]
+        elif m.stopped and own["reason"] == m.stopped:  # it had ended before the others were interrupted
+            state = "done"
+        if state in ("interrupted", "killed"):
             again = m.trial.user_attrs.get("again", 0) + (state == "killed")
             self.tell(m.trial, "interrupted" if state != "killed" else "killed")
             if again <= self.sweep.retries:
                 self.queue_again(m.trial.params, m.trial.number, m.trial.user_attrs["run"], again)
             self.note(m, "interrupted", reason=why)
-        elif m.stopped:
+        elif m.stopped and own["state"] != "finished":  # else it was faster than the wish
             self.tell(m.trial, "stopped", self.imputed(history))
             self.note(m, "stopped", self.best(history), m.stopped)
         elif state != "done":
@@ -408,14 +439,21 @@ class Agent:
         "Take up what agents that died were at."
         from optuna.trial import TrialState as S
 
+        self.waits = False
         for t in self.study.get_trials(deepcopy=False):
-            agent = t.user_attrs.get("agent")
-            if t.state != S.RUNNING or agent in (None, self.name) or agent_lives(self.folder, agent):
+            if t.state != S.RUNNING or (agent := t.user_attrs.get("agent")) in (None, self.name):
+                continue
+            job = self.folder / t.user_attrs.get("job", t.user_attrs["run"])
+            if (quiet := silence(self.folder, agent)) < DEAD or works_elsewhere(job):
+                self.waits |= quiet > 3 * BEAT
                 continue
             with suppress(ValueError, RuntimeError):  # another agent was quicker
                 self.study.tell(t.number, state=S.FAIL)
+                stop_orphan(job)
                 if (again := t.user_attrs.get("again", 0) + 1) <= self.sweep.retries:
                     self.queue_again(t.params, t.number, t.user_attrs["run"], again)
+                m = Member(t, point_of(self.file, t.params), self.folder / t.user_attrs["run"])
+                self.note(m, "interrupted", reason=f"agent {agent} is gone")
 
     def note(self, m: Member, outcome: str, value: float | None = None, reason: str = "") -> None:
         "What the run's folder says of the trial."
@@ -431,15 +469,25 @@ def agent_lives(
     name: str,  # of an agent
 ) -> bool:
     "Whether an agent is at work: its process is seen, or, from another machine, its heartbeat."
+    return silence(folder, name) < DEAD
+
+
+def silence(
+    folder: Path,  # of the sweep
+    name: str,  # of an agent
+) -> float:  # seconds; 0: its process is seen; infinite: it is gone
+    "How long an agent has given no sign of life."
     path = folder / "agents" / "alive" / f"{name}.json"
     if not path.exists():
-        return False
+        return math.inf
     life = read_json(path)
-    if life["host"] == platform.node():
-        with suppress(psutil.Error):
-            return psutil.Process(life["pid"]).status() != psutil.STATUS_ZOMBIE
-        return False
-    return time.time() - life["heartbeat"] < DEAD
+    if life["host"] != platform.node():
+        return time.time() - life["heartbeat"]
+    with suppress(psutil.Error):
+        process = psutil.Process(life["pid"])
+        if process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - life["born"]) < 1:
+            return 0
+    return math.inf
 
 
 def checkpoint_of(run: Path) -> str | None:
@@ -447,13 +495,31 @@ def checkpoint_of(run: Path) -> str | None:
     return max((p.name for p in SavedRun(run).checkpoints()), default=None)
 
 
+def at_work(folder: Path) -> dict[str, Any]:
+    "State of a job that is running; empty if it is not, or not there."
+    state = job_state(folder) if (folder / "job.json").exists() else {"state": "waiting"}
+    return state if state["state"] == "running" else {}
+
+
+def works_elsewhere(folder: Path) -> bool:
+    "Whether a job is running on another machine."
+    return at_work(folder).get("host", platform.node()) != platform.node()
+
+
 def stop_orphan(folder: Path) -> None:
-    "Stop a job whose agent died; it writes its checkpoint."
-    if (state := job_state(folder))["state"] == "running" and state["host"] == platform.node():
+    "Stop a job of this machine whose agent died; it writes its checkpoint."
+    if (state := at_work(folder)) and state["host"] == platform.node():
         with suppress(psutil.Error):
             process = psutil.Process(state["pid"])
             process.terminate()
             process.wait(60)
+
+
+def optuna_finished() -> type[Exception]:
+    "What Optuna raises for a trial that has ended."
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    return UpdateFinishedTrialError
 
 # %% ../nbs/22c_study.ipynb #73d76490
 def new_sweep(
