@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.resume and args.experiment and args.n_agents is None and args.experiment.isdigit():
         args.experiment, args.n_agents = None, int(args.experiment)  # spd-sweep --resume SWEEP 2
+    folder, agents = None, []
     try:
         if bool(args.experiment) == bool(args.resume):
             raise ValueError("say one thing: an experiment, or --resume SWEEP")
@@ -155,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"spd-sweep: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"spd-sweep: stopped; to go on: spd-sweep --resume {folder} {len(agents)}", file=sys.stderr)
+        go_on = f"to go on: spd-sweep --resume {folder} {len(agents)}" if folder else "nothing was begun"
+        print(f"spd-sweep: stopped; {go_on}", file=sys.stderr)
         return 130
 
 
