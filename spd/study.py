@@ -207,6 +207,7 @@ class Member:
 
     def __init__(self, trial: "optuna.Trial", point: dict[str, Any], run: Path):
         self.trial, self.point, self.run, self.told, self.stopped = trial, point, run, 0, ""
+        self.began = checkpoint_of(run)
 
     def history(self, metric: str | None) -> list[float]:
         "The metric's values until now."
@@ -353,6 +354,9 @@ class Agent:
         for m in group:
             with suppress(optuna_finished()):
                 self.end(m, state, why)
+
+        if state not in ("interrupted", "killed") or any(checkpoint_of(m.run) != m.began for m in group):
+            write_atomic(self.folder / "agents" / str(self.number) / "progress", "")  # SLURM starts it again: see `spd.slurm`
 
     def look(self, group: list[Member]) -> None:
         "Report what runs have logged; ask those to stop that fall behind."
