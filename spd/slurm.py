@@ -106,6 +106,7 @@ class Work:
         "Let the work write its checkpoint and stop; called by submitit on SIGUSR2."
         code = self._stop()
         files = [p for run in self._runs() for p in run.glob("checkpoints/*.safetensors")]
+        files += Path(self.run).glob("progress")  # of an agent, whose trials are other jobs
         saved = max((p.stat().st_mtime for p in files), default=0.0)
         idle = 0 if saved > self.began else self.idle + 1
         if idle >= self.lives:

@@ -105,7 +105,7 @@ def finish(evals: Path) -> int:  # 1 if an expected PASS is missing
 
 def main(argv: list[str] | None = None) -> int:
     "`spd-evals [--experiments A,B,C] [--slurm ...]`."
-    args = _parser().parse_args(argv)
+    args, evals = _parser().parse_args(argv), None
     try:
         if args.report:
             return finish(Path(args.report))
@@ -130,5 +130,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"spd-evals: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"spd-evals: stopped; what there is: spd-evals --report {evals}", file=sys.stderr)
+        there = f"what there is: spd-evals --report {evals}" if evals else "nothing was begun"
+        print(f"spd-evals: stopped; {there}", file=sys.stderr)
         return 130

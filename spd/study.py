@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 import psutil
@@ -207,6 +207,7 @@ class Member:
 
     def __init__(self, trial: "optuna.Trial", point: dict[str, Any], run: Path):
         self.trial, self.point, self.run, self.told, self.stopped = trial, point, run, 0, ""
+        self.began = checkpoint_of(run)
 
     def history(self, metric: str | None) -> list[float]:
         "The metric's values until now."
@@ -354,6 +355,9 @@ class Agent:
             with suppress(optuna_finished()):
                 self.end(m, state, why)
 
+        if state not in ("interrupted", "killed") or any(checkpoint_of(m.run) != m.began for m in group):
+            write_atomic(self.folder / "agents" / str(self.number) / "progress", "")  # SLURM starts it again: see `spd.slurm`
+
     def look(self, group: list[Member]) -> None:
         "Report what runs have logged; ask those to stop that fall behind."
         self.beat()
@@ -452,7 +456,7 @@ class Agent:
                 stop_orphan(job)
                 if (again := t.user_attrs.get("again", 0) + 1) <= self.sweep.retries:
                     self.queue_again(t.params, t.number, t.user_attrs["run"], again)
-                m = Member(t, point_of(self.file, t.params), self.folder / t.user_attrs["run"])
+                m = Member(cast("optuna.Trial", t), point_of(self.file, t.params), self.folder / t.user_attrs["run"])
                 self.note(m, "interrupted", reason=f"agent {agent} is gone")
 
     def note(self, m: Member, outcome: str, value: float | None = None, reason: str = "") -> None:
@@ -506,13 +510,18 @@ def works_elsewhere(folder: Path) -> bool:
     return at_work(folder).get("host", platform.node()) != platform.node()
 
 
-def stop_orphan(folder: Path) -> None:
+def stop_orphan(
+    folder: Path,  # of a job
+    patience: float = 60,  # seconds until it is killed
+) -> None:
     "Stop a job of this machine whose agent died; it writes its checkpoint."
     if (state := at_work(folder)) and state["host"] == platform.node():
         with suppress(psutil.Error):
             process = psutil.Process(state["pid"])
             process.terminate()
-            process.wait(60)
+            if psutil.wait_procs([process], patience)[1]:
+                process.kill()
+                process.wait(5)
 
 
 def optuna_finished() -> type[Exception]:

@@ -13,6 +13,7 @@ import csv
 import io
 import math
 import re
+import secrets
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -434,7 +435,7 @@ def write_page(
     for cell in (page := report_notebook(chapter)).cells:
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    draft = out.with_name(f".{out.name}")
+    draft = out.with_name(f".{secrets.token_hex(4)}-{out.name}")  # of this agent alone
     write_atomic(draft, nbformat.writes(page))
     try:
         papermill.execute_notebook(str(draft), str(draft), progress_bar=False, cwd=str(out.parent))
