@@ -65,7 +65,8 @@ def resources(args: argparse.Namespace) -> Resources | None:  # None: on this ma
     if args.hours is not None:
         given["minutes"] = round(60 * args.hours)
     if not args.slurm and set(given) - {"gpus"}:  # --cpu is the machine's own choice here
-        raise ValueError(f"--{min(set(given) - {'gpus'})} goes with --slurm")
+        flag = min(set(given) - {"gpus"})
+        raise ValueError(f"--{'hours' if flag == 'minutes' else flag} goes with --slurm")
     if not args.slurm:
         return None
     need_slurm()
