@@ -16,9 +16,8 @@ from typing import Any
 
 import yaml
 
-from .evals_report import write_evals_report
 from .files import runs_root, write_atomic
-from .jobs import Job, job_state, new_job, run_jobs
+from .jobs import Job, devices_here, job_state, new_job, run_jobs
 from .registry import RUNNABLE, find_experiment, job_parameters, settings
 from .runs import SavedRun, new_run_path
 from .slurm import describe, submit, wait
@@ -97,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def finish(evals: Path) -> int:  # 1 if an expected PASS is missing
     "Print the table, write the report."
+    from spd.evals_report import write_evals_report  # with papermill: seconds
+
     rows = write_table(evals)
     print(as_text(rows))
     print(f"Report: {write_evals_report(evals)}")
@@ -105,7 +106,7 @@ def finish(evals: Path) -> int:  # 1 if an expected PASS is missing
 
 def main(argv: list[str] | None = None) -> int:
     "`spd-evals [--experiments A,B,C] [--slurm ...]`."
-    args = _parser().parse_args(argv)
+    args, evals = _parser().parse_args(argv), None
     try:
         if args.report:
             return finish(Path(args.report))
@@ -124,11 +125,15 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             wait(queued)
         else:
+            print(f"{len(jobs)} jobs, {len(devices_here(args.workers))} at a time; what they are at: {evals}/jobs/*/training.log")
+            print(as_text([]), flush=True)
             run_jobs(jobs, args.workers, lambda job: print(as_text([eval_row(job)]).split("\n")[1], flush=True))
+            print()
         return finish(evals)
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as e:
         print(f"spd-evals: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"spd-evals: stopped; what there is: spd-evals --report {evals}", file=sys.stderr)
+        then = f"what there is: spd-evals --report {evals}" if evals else "nothing was started"
+        print(f"spd-evals: stopped; {then}", file=sys.stderr)
         return 130
