@@ -22,7 +22,7 @@ from .registry import RUNNABLE, find_experiment, job_parameters, settings
 from .runs import SavedRun, new_run_path
 from .slurm import describe, submit, wait
 from .snapshot import take_snapshot
-from .spd_run import add_parameters, add_slurm, given_parameters, job_name, resources
+from .spd_run import add_parameters, add_slurm, given_parameters, job_name, plain, resources
 
 # %% ../nbs/23b_spd_evals.ipynb #625d7650
 COLUMNS: tuple[str, ...] = ("experiment", "verdict", "expected", "ok", "minutes", "reason", "run")
@@ -125,13 +125,13 @@ def main(argv: list[str] | None = None) -> int:
                 return 0
             wait(queued)
         else:
-            print(f"{len(jobs)} jobs, {len(devices_here(args.workers))} at a time; what they are at: {evals}/jobs/*/training.log")
+            print(f"{len(jobs)} to run, {len(devices_here(args.workers))} at a time; steps: {evals}/jobs/*/training.log")
             print(as_text([]), flush=True)
             run_jobs(jobs, args.workers, lambda job: print(as_text([eval_row(job)]).split("\n")[1], flush=True))
             print()
         return finish(evals)
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as e:
-        print(f"spd-evals: {e}", file=sys.stderr)
+        print(f"spd-evals: {plain(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         then = f"what there is: spd-evals --report {evals}" if evals else "nothing was started"

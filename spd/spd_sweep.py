@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from .jobs import job_state, run_jobs
 from .registry import EXPERIMENTS, find_experiment, notebook_path
 from .runs import SavedRun
 from .slurm import describe, submit
 from .snapshot import take_snapshot
-from .spd_run import add_parameters, add_slurm, given_parameters, job_name, resources
+from .spd_run import add_parameters, add_slurm, given_parameters, job_name, plain, resources
 from .study import Sweep, agent_jobs, new_sweep, trial_records
-from .sweep_file import SweepFile, problems, read_sweep
+from .sweep_file import SweepFile, read_sweep
 from .tracking import check_key, explained
 
 # %% ../nbs/22g_spd_sweep.ipynb #bc5fc3d3
@@ -229,11 +228,8 @@ def main(argv: list[str] | None = None) -> int:
         run_jobs(agents, workers=len(agents), look=progress.look, patience=180)  # an agent stops its own jobs before
         progress.look()
         return outcome(folder, agents)
-    except ValidationError as e:
-        print(f"spd-sweep: {problems(e)}", file=sys.stderr)
-        return 2
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as e:
-        print(f"spd-sweep: {e}", file=sys.stderr)
+        print(f"spd-sweep: {plain(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         then = f"to go on: spd-sweep --resume {folder} {len(agents)}" if folder else "nothing was started"
