@@ -19,13 +19,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-import nbformat
-import papermill
 import psutil
 import torch
 
@@ -82,6 +80,8 @@ def run_notebook(
     runs: Sequence[str | Path] = (),  # folders of the runs it makes, if they are others than `run_dir`
 ) -> Path:  # the executed notebook
     "Execute a notebook with papermill into its run folder; ValueError for a parameter it does not have."
+    import papermill  # three seconds, which a command that only starts jobs need not wait
+
     known = list(papermill.inspect_notebook(str(notebook)))
     if msg := unknown_names(list(parameters), known, f"parameter of {Path(notebook).name}"):
         raise ValueError(msg)
@@ -112,6 +112,8 @@ def find_record(
     executed: str | Path,  # an executed notebook
 ) -> dict[str, Any] | None:  # path and verdict of the last run in it, None if it shows none
     "The run an executed notebook reports."
+    import nbformat
+
     cells = nbformat.read(str(executed), as_version=4).cells
     outputs = [o for c in cells if c.cell_type == "code" for o in c.outputs]
     records = [o["data"][RECORD] for o in outputs if RECORD in o.get("data", {})]
@@ -232,6 +234,8 @@ def work(
     folder: str | Path,  # of a job
 ) -> int:  # 0 done, 1 the notebook failed, 2 there is no such job, 130 interrupted
     "Execute a job, or go on with it; nothing if it is done."
+    import papermill
+
     folder, start = Path(folder).absolute(), time.time()
     try:
         job = Job.read(folder)
@@ -332,6 +336,8 @@ def run_jobs(
     folders: Sequence[str | Path],  # of jobs
     workers: int | None = None,  # at a time; None: one per GPU, or else per core
     ended: Callable[[Path], None] = lambda folder: None,  # called with each job that ended
+    look: Callable[[], None] = lambda: None,  # called every second meanwhile
+    patience: float = 60,  # seconds that a job gets to stop, at Ctrl-C
 ) -> None:
     "Do jobs on this machine; at Ctrl-C or SIGTERM those at work write their checkpoints and no other starts."
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -352,10 +358,13 @@ def run_jobs(
         futures = [pool.submit(one, Path(f)) for f in folders]
         try:
             for future in futures:
+                while not wait([future], timeout=1).done:
+                    look()
                 future.result()
         except BaseException:
             halt.set()
-            stop_jobs(at_work)
+            print("stopping: what is at work writes its checkpoint, which can take a minute", file=sys.stderr, flush=True)
+            stop_jobs(at_work, patience)
             raise
 
 # %% ../nbs/21_jobs.ipynb #e77747ca
