@@ -255,13 +255,14 @@ def main(argv: list[str] | None = None) -> int:
 def outcome(
     folder: Path,  # of a sweep
     agents: list[Path],  # folders of their jobs
-) -> int:  # 0 if all agents are done
+) -> int:  # 0 if all agents are done, and not every trial failed
     "Say how a sweep went."
     failed = [a for a in agents if job_state(a)["state"] != "done"]
     for agent in failed:
         said = job_state(agent)
         print(f"agent {agent.name}: {said['state']}: {said['reason']}; see {agent / 'job.log'}", file=sys.stderr)
-    best = sorted((t for t in trial_records(folder) if t["value"] is not None), key=lambda t: t["value"])
+    trials = trial_records(folder)
+    best = sorted((t for t in trials if t["value"] is not None), key=lambda t: t["value"])
     goal = Sweep.read(folder).file.metric
     if best and goal and goal.goal == "maximize":
         best.reverse()
@@ -271,4 +272,4 @@ def outcome(
             print(f"  {t['value']:<10.4g} trials/{Path(t['run']).name}  {as_words(t['point'])}")
     if (report := folder / "sweep_report.html").exists():
         print(f"Report: {report}")
-    return 1 if failed else 0
+    return int(bool(failed) or (bool(trials) and all(t["outcome"] == "failed" for t in trials)))

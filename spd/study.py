@@ -93,6 +93,7 @@ class Sweep(Config):
         self.file.check_parameters(list(schema.model_fields))
         if twice := set(self.file.parameters) & set(self.parameters):
             raise ValueError(f"{min(twice)!r} is in the sweep and given for all trials: leave one out")
+        job_parameters(self.experiment, self.parameters)
         us = (self.file.random_point(self.seed, i) for i in range(20))
         for point in self.file.grid() if self.file.method == "grid" else map(self.file.values_at, us):
             try:
