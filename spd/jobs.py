@@ -318,18 +318,18 @@ def stop_jobs(
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    "In context, SIGTERM is a KeyboardInterrupt, too."
+    "In context, SIGINT and SIGTERM are a KeyboardInterrupt, also where SIGINT was ignored: in a script's background."
 
     def stop(number: int, _) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if main else None
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
         yield
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_jobs(

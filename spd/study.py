@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 import psutil
@@ -32,9 +32,6 @@ from .registry import TOYS, find_experiment, job_parameters, settings
 from .runs import RunFolder, SavedRun, new_run_path
 from .side_by_side import gather
 from .sweep_file import Law, SweepFile, distinct
-
-if TYPE_CHECKING:  # optuna takes a second to import
-    import optuna
 
 # %% ../nbs/22c_study.ipynb #c5731659
 def logged_names(
@@ -121,8 +118,8 @@ def choices(sweep: SweepFile, name: str) -> Sequence[Any] | None:
     return distinct(law.steps()) if sweep.method == "grid" else law.choices
 
 
-def space(sweep: SweepFile) -> dict[str, "optuna.distributions.BaseDistribution"]:
-    "What Optuna sees."
+def space(sweep: SweepFile) -> dict[str, Any]:
+    "What Optuna sees: its distribution of every parameter."
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     counted = {name: choices(sweep, name) for name in sweep.searched()}
@@ -138,12 +135,12 @@ def point_of(
     return {n: law.at(params[n]) if (c := choices(sweep, n)) is None else c[params[n]] for n, law in laws.items()}
 
 
-def number_of(study: "optuna.Study", number: int) -> int:
+def number_of(study: Any, number: int) -> int:
     "Which point a trial is: repeated trials do not count."
     return sum("retry_of" not in t.user_attrs for t in study.get_trials(deepcopy=False) if t.number < number)
 
 
-def make_sampler(sweep: Sweep, agent: int = 0) -> "optuna.samplers.BaseSampler":
+def make_sampler(sweep: Sweep, agent: int = 0) -> Any:  # a sampler of Optuna's
     "How the points of a sweep are chosen."
     from optuna.samplers import BaseSampler, GPSampler, TPESampler
 
@@ -184,7 +181,7 @@ def mend(journal: Path) -> None:
 def open_study(
     folder: str | Path,  # of a sweep
     agent: int = 0,
-) -> "optuna.Study":
+) -> Any:  # a study of Optuna's
     "The study of a sweep, made if it is not there."
     import optuna
     from optuna.storages.journal import JournalFileBackend
@@ -206,7 +203,7 @@ DEAD = 60.0  # seconds without one after which it counts as dead
 class Member:
     "A trial at work."
 
-    def __init__(self, trial: "optuna.Trial", point: dict[str, Any], run: Path):
+    def __init__(self, trial: Any, point: dict[str, Any], run: Path):
         self.trial, self.point, self.run, self.told, self.stopped = trial, point, run, 0, ""
         self.began = checkpoint_of(run)
 
@@ -426,7 +423,7 @@ class Agent:
             return None
         return history[-1] if self.metric.impute == "latest" else self.best(history)
 
-    def tell(self, trial: "optuna.Trial", outcome: str, value: float | None = None) -> None:
+    def tell(self, trial: Any, outcome: str, value: float | None = None) -> None:
         "End a trial in the study."
         from optuna.trial import TrialState as S
 
@@ -457,7 +454,7 @@ class Agent:
                 stop_orphan(job)
                 if (again := t.user_attrs.get("again", 0) + 1) <= self.sweep.retries:
                     self.queue_again(t.params, t.number, t.user_attrs["run"], again)
-                m = Member(cast("optuna.Trial", t), point_of(self.file, t.params), self.folder / t.user_attrs["run"])
+                m = Member(t, point_of(self.file, t.params), self.folder / t.user_attrs["run"])
                 self.note(m, "interrupted", reason=f"agent {agent} is gone")
 
     def note(self, m: Member, outcome: str, value: float | None = None, reason: str = "") -> None:
