@@ -100,7 +100,7 @@ def finish(evals: Path) -> int:  # 1 if an expected PASS is missing
 
     rows = write_table(evals)
     print(as_text(rows))
-    print(f"Report: {write_evals_report(evals)}")
+    print(f"Report: {write_evals_report(evals).with_suffix('.html')}")
     return int(any(r["ok"] == "NO" for r in rows))
 
 

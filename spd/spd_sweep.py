@@ -67,7 +67,7 @@ def wandb_form(sweep: Sweep) -> dict[str, Any]:
 
 def make_at_wandb(sweep: Sweep) -> str:  # "ENTITY/PROJECT/ID"
     "Make the sweep at W&B; `NoKey` without a key."
-    check_key("--backend wandb")
+    check_key("--backend wandb", "leave it out: the same file runs here")
     import os
 
     import wandb
@@ -209,7 +209,7 @@ def start(args: argparse.Namespace) -> tuple[Path, list[Path]]:  # the sweep's f
     if args.backend == "wandb":
         if args.pack > 1:
             raise ValueError("--pack needs --backend local: W&B's agents run one trial per process")
-        check_key("--backend wandb")
+        check_key("--backend wandb", "leave it out: the same file runs here")
     sweep = sweep.model_copy(update={"code": str(take_snapshot().path)})
     if args.backend == "wandb":
         at = f"wandb:{make_at_wandb(sweep)}"

@@ -66,14 +66,12 @@ def read_dotenv() -> None:
 
 def check_key(
     what: str = "wandb_mode 'online'",  # what needs it
+    otherwise: str = "run with wandb_mode 'offline' or 'disabled' and send it later: spd-run --sync RUN",  # what to do without one
 ) -> None:
     "`NoKey` if there is no W&B key in the environment or `.env`."
     read_dotenv()
     if not os.environ.get("WANDB_API_KEY"):
-        raise NoKey(
-            f"{what} needs WANDB_API_KEY in the environment or in .env (copy .env.example); "
-            "without one, run with wandb_mode 'offline' or 'disabled' and send it later: spd-run --sync RUN"
-        )
+        raise NoKey(f"{what} needs WANDB_API_KEY in the environment or in .env (copy .env.example); without one, {otherwise}")
 
 
 def explain(error: Exception) -> Exception:
