@@ -66,7 +66,7 @@ def read_dotenv() -> None:
 
 def check_key(
     what: str = "wandb_mode 'online'",  # what needs it
-    otherwise: str = "run with wandb_mode 'offline' or 'disabled' and send it later: spd-run --sync RUN",  # what to do without one
+    otherwise: str = "run with wandb_mode 'offline' or 'disabled' and send it later: spd-run --sync RUN",  # without a key
 ) -> None:
     "`NoKey` if there is no W&B key in the environment or `.env`."
     read_dotenv()
