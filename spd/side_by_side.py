@@ -18,13 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from pydantic import Field, ValidationError, field_validator
 
-from .config import Config, DecomposeConfig
+from .config import Config, DecomposeConfig, problems
 from .decompose import Ensemble, Run, validation_row
 from .figures import COLORS, SMALL, panels
 from .registry import TOYS, find_experiment, job_parameters
 from .runs import SavedRun, determining, flat
 from .steps import check_members
-from .sweep_file import problems
 
 # %% ../nbs/22b_side_by_side.ipynb #840d8240
 class Parameters(Config):

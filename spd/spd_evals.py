@@ -16,13 +16,14 @@ from typing import Any
 
 import yaml
 
+from .config import problems
 from .files import runs_root, write_atomic
 from .jobs import Job, devices_here, job_state, new_job, run_jobs
 from .registry import RUNNABLE, find_experiment, job_parameters, settings
 from .runs import SavedRun, new_run_path
 from .slurm import describe, submit, wait
 from .snapshot import take_snapshot
-from .spd_run import add_parameters, add_slurm, given_parameters, job_name, plain, resources
+from .spd_run import add_parameters, add_slurm, given_parameters, job_name, resources
 
 # %% ../nbs/23b_spd_evals.ipynb #625d7650
 COLUMNS: tuple[str, ...] = ("experiment", "verdict", "expected", "ok", "minutes", "reason", "run")
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             print()
         return finish(evals)
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as e:
-        print(f"spd-evals: {plain(e)}", file=sys.stderr)
+        print(f"spd-evals: {problems(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         then = f"what there is: spd-evals --report {evals}" if evals else "nothing was started"

@@ -16,12 +16,13 @@ from typing import Any
 
 import yaml
 
+from .config import problems
 from .jobs import Job, job_state, run_jobs
 from .registry import EXPERIMENTS, find_experiment, notebook_path
 from .runs import SavedRun
 from .slurm import describe, submit
 from .snapshot import take_snapshot
-from .spd_run import add_parameters, add_slurm, given_parameters, job_name, plain, resources
+from .spd_run import add_parameters, add_slurm, given_parameters, job_name, resources
 from .study import Sweep, agent_jobs, new_sweep, trial_records
 from .sweep_file import SweepFile, read_sweep
 from .tracking import check_key, explained
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         progress.look()
         return outcome(folder, agents)
     except (ValueError, OSError, RuntimeError, yaml.YAMLError) as e:
-        print(f"spd-sweep: {plain(e)}", file=sys.stderr)
+        print(f"spd-sweep: {problems(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         then = f"to go on: spd-sweep --resume {folder} {len(agents)}" if folder else "nothing was started"
