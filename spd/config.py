@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CI_FN_FIELDS', 'ConfigT', 'unknown_names', 'problems', 'Config', 'Schedule', 'ImportanceMinimality', 'PGD',
-           'PersistentPGD', 'Routing', 'Losses', 'CIFn', 'FaithfulnessWarmup', 'MiracleDistance', 'DecomposeConfig',
-           'Halving', 'make_generator', 'SparseFeatures', 'assigned_names', 'parameter_names', 'read_parameters']
+           'PersistentPGD', 'Routing', 'Losses', 'CIFn', 'FaithfulnessWarmup', 'MiracleDistance', 'check_shares',
+           'DecomposeConfig', 'Halving', 'make_generator', 'SparseFeatures', 'assigned_names', 'parameter_names',
+           'read_parameters']
 
 # %% ../nbs/00_config.ipynb #68683285
 import ast
@@ -16,7 +17,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 # %% ../nbs/00_config.ipynb #2c70f120
@@ -325,6 +326,16 @@ class MiracleDistance(Config):
     one_sided: tuple[Literal["mse", "sparsity", "dead"], ...] = Field(default=(), description="no penalty below the target")
 
 
+def check_shares(
+    at: tuple[float, ...],
+    name: str,  # of the field
+) -> tuple[float, ...]:
+    "`at`, if all are shares of a run's steps; else ValueError."
+    if bad := [a for a in at if not 0 < a < 1]:
+        raise ValueError(f"{name} must hold shares of the steps between 0 and 1, got {bad[0]}")
+    return at
+
+
 class DecomposeConfig(Config):
     "Everything `decompose` needs besides the target and the data."
 
@@ -347,6 +358,7 @@ class DecomposeConfig(Config):
     tie: bool = Field(default=True, description="weights tied in the target share one pair of V and U")
     init: Literal["gaussian", "projected", "data"] = Field(default="gaussian", description="start of V and U; paper: projected")
     faithfulness_warmup: FaithfulnessWarmup = FaithfulnessWarmup()
+    prune_at: tuple[float, ...] = Field(default=(), description="shares of the steps after which `prune` is called")
     grad_clip_components: float | None = Field(default=None, gt=0, description="largest gradient norm of all V and U")
     grad_clip_ci_fns: float | None = Field(default=None, gt=0, description="largest gradient norm of the CI functions")
     log_freq: int = Field(default=100, ge=1, description="steps between logged training rows")
@@ -365,6 +377,11 @@ class DecomposeConfig(Config):
             raise ValueError(f"every module pattern needs at least one component, got {bad}")
         return self
 
+    @field_validator("prune_at")
+    @classmethod
+    def _shares(cls, at):
+        return check_shares(at, "prune_at")
+
 # %% ../nbs/00_config.ipynb #bcfc6574
 class Halving(Config):
     "Successive halving of runs side by side."
@@ -372,11 +389,10 @@ class Halving(Config):
     at: tuple[float, ...] = Field(default=(0.25, 0.5), min_length=1, description="shares of the steps after which runs stop")
     keep: float = Field(default=0.5, gt=0, lt=1, description="share of the runs that goes on, each time")
 
-    @model_validator(mode="after")
-    def _between(self):
-        if bad := [a for a in self.at if not 0 < a < 1]:
-            raise ValueError(f"at must hold shares of the steps between 0 and 1, got {bad[0]}")
-        return self
+    @field_validator("at")
+    @classmethod
+    def _shares(cls, at):
+        return check_shares(at, "at")
 
 # %% ../nbs/00_config.ipynb #ede71d9a
 def make_generator(

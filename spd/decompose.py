@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_sites', 'estimate_step_seconds', 'duration', 'StopWish', 'Run', 'Recorder', 'plain', 'validation_row',
-           'Ensemble', 'SilentFolder', 'open_run', 'common_step', 'step_function', 'estimate', 'decompose',
-           'halving_steps', 'Training', 'train', 'load_run']
+           'Ensemble', 'SilentFolder', 'open_run', 'common_step', 'step_function', 'estimate', 'decompose', 'steps_at',
+           'Training', 'train', 'load_run']
 
 # %% ../nbs/09_decompose.ipynb #ed3a3929
 import math
@@ -206,6 +206,10 @@ class Recorder:
             self.save(keep=None)
         theirs = {f"eval/{k}": v for k, v in upstream_names(numbers, c.ci_alive_threshold).items()}
         return numbers, flat({"eval": plain(numbers)}) | theirs | row | passed
+
+    def prune(self, kind: InputKind) -> None:
+        "Empty the components that are not needed, and say how many."
+        self.folder.note("before step %d, components emptied: %s", self.state.step, self.state.prune(self.data, kind))
 
     def save(self, keep: int | None) -> None:
         "Write a checkpoint: one of the newest `keep`, or (None) the best one."
@@ -468,9 +472,9 @@ def decompose(
     return runs[0] if one else Ensemble(runs)
 
 # %% ../nbs/09_decompose.ipynb #1963b0ed
-def halving_steps(halving: Halving | None, steps: int) -> set[int]:
-    "Before which updates runs are dropped."
-    return set() if halving is None else {round(share * steps) for share in halving.at}
+def steps_at(shares: Sequence[float], steps: int) -> set[int]:
+    "Before which updates something happens that is due after these shares of all steps."
+    return {round(share * steps) for share in shares}
 
 
 class Training:
@@ -512,10 +516,12 @@ def train(
 ) -> list[Run]:
     "The training loop: updates of all components and causal-importance functions, up to `config.steps`."
     training, config = Training(recorders, stack), recorders[0].config
-    rungs = halving_steps(halving, config.steps)
+    rungs, prunings = steps_at(halving.at if halving else (), config.steps), steps_at(config.prune_at, config.steps)
     bar = progress_bar(config.steps, show=progress, start=recorders[0].state.step)
     for step in bar:
         rows = {}
+        if step in prunings:
+            training.each(lambda r: r.prune(stack.kind))
         if step in rungs or step % config.eval_freq == 0:
             training.each(lambda r, rows=rows: rows.update({r: r.evaluate()[1]}))
         if halving and step in rungs:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ci_l0', 'firing_rate', 'alive', 'count_dead', 'match_columns', 'dense_order', 'identity_ci_error', 'dense_ci_error',
            'ColumnMatch', 'match_features', 'neuron_contributions', 'component_contributions', 'correlation', 'slope',
-           'six_masks', 'recon_under_masks', 'next_token_ce', 'ce_kl_under_masks', 'divergence_each', 'pgd_ladder',
-           'ci_tables', 'composite_distance', 'compute_miracle_distance']
+           'six_masks', 'recon_under_masks', 'ablation_effects', 'next_token_ce', 'ce_kl_under_masks',
+           'divergence_each', 'pgd_ladder', 'ci_tables', 'composite_distance', 'compute_miracle_distance']
 
 # %% ../nbs/05_metrics.ipynb #2e767fb8
 import math
@@ -209,6 +209,22 @@ def recon_under_masks(
     "Output divergence under unmasked, stochastic, ci, rounded, random and zero masks."
     masks = six_masks(ci, generator, delta)
     return {name: output_divergence(model(x, m), out, kind).item() for name, m in masks.items()}
+
+# %% ../nbs/05_metrics.ipynb #050be780
+@torch.no_grad()
+def ablation_effects(
+    model: ComponentModel,
+    x: Tensor,  # [B, ...] inputs
+    kind: str = "mse",  # output divergence
+    weight: Tensor | None = None,  # [B] weight of each input
+) -> dict[str, Tensor]:  # site -> [C]
+    "Divergence of the output without a component from the output with all of them."
+    on = {n: Mask(torch.ones_like(model[n].U[:, 0])) for n in model.sites}
+    whole, effects = model(x, on), {}
+    for n, mask in on.items():
+        without = (on | {n: Mask(one)} for one in 1 - torch.diag(mask.a))
+        effects[n] = torch.stack([output_divergence(model(x, m), whole, kind, weight) for m in without])
+    return effects
 
 # %% ../nbs/05_metrics.ipynb #9c0dce61
 def next_token_ce(

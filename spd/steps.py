@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
-           'warm_up', 'spread_out', 'init_from_data', 'grad_norm', 'clip', 'make_optimizers', 'stream_key',
-           'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
+           'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'prune', 'grad_norm', 'clip',
+           'make_optimizers', 'stream_key', 'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of',
+           'each_or_one', 'stack_trees', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
@@ -19,10 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .components import ComponentModel, form, insert_identities, is_index
+from .components import ComponentModel, LinearComponents, Product, form, insert_identities, is_index
 from .config import DecomposeConfig, make_generator
 from .importance import CIFunctions
 from spd.losses import (
@@ -38,6 +40,7 @@ from spd.losses import (
     zero_is_silent,
 )
 from .masks import Noise
+from .metrics import ablation_effects
 
 # %% ../nbs/08e_steps.ipynb #55311d4a
 def ranks() -> tuple[int, int]:  # rank, number of ranks
@@ -244,7 +247,7 @@ def spread_out(
     generator: torch.Generator,
 ) -> Tensor:  # [k] indices
     "Random rows, each with a chance of sin^2 of its angle to the nearest one taken before (as k-means++ starts)."
-    unit, taken = torch.nn.functional.normalize(rows, dim=1), []
+    unit, taken = F.normalize(rows, dim=1), []
     chance = torch.ones(len(rows), device=rows.device)
     for _ in range(k):
         weights = chance if chance.max() > 1e-6 else torch.ones_like(chance)  # all directions are taken: any row will do
@@ -267,11 +270,57 @@ def init_from_data(
             continue
         x = form(x).flatten(0, -2)
         x = x[x.norm(dim=1) > 0]
-        v = torch.nn.functional.normalize(x[spread_out(x, comps.C, generator)], dim=1)
+        v = F.normalize(x[spread_out(x, comps.C, generator)], dim=1)
         comps.V.copy_(v.T)
         comps.U.copy_(v @ W.T)
         total = comps.weight()
         comps.U.mul_((W * total).sum() / total.square().sum())
+
+# %% ../nbs/08e_steps.ipynb #8b34f6fa
+@torch.no_grad()
+def merge_duplicates(
+    components: LinearComponents,
+    x: Tensor | Product,  # [B, ..., d_in] inputs of the site
+    cosine: float = 0.95,  # components count as one from this cosine of their inner activations on
+) -> int:  # how many components were emptied
+    "Add components whose inner activations are parallel to the largest of them: h_1 u_1 + h_2 u_2 = h_1 (u_1 + a u_2)."
+    V, U, h, emptied = components.V, components.U, components.inner(x).flatten(0, -2), 0  # h [n, C]
+    products, norm = h.T @ h, h.norm(dim=0)
+    left, alike = norm > 0, products.abs() / torch.outer(norm, norm).clamp(min=1e-30)
+    for c in (norm * U.norm(dim=1)).argsort(descending=True).tolist():
+        same = left & (alike[c] > cosine)
+        left &= ~same
+        if same[c] and same.sum() > 1:
+            same[c] = False
+            U[c] += products[c, same] / products[c, c] @ U[same]
+            V[:, same], U[same] = 0.0, 0.0
+            emptied += int(same.sum())
+    return emptied
+
+# %% ../nbs/08e_steps.ipynb #ded97693
+@torch.no_grad()
+def prune(
+    parts: Decomposition,
+    x: Tensor,  # [B, ...] inputs to measure effects on
+    kind: str = "mse",  # output divergence
+    weight: Tensor | None = None,  # [B] weight of each input
+    alive: float = 0.1,  # a component is alive if its importance is above this for some input
+    least: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
+) -> dict[str, int]:  # site (without tied ones) -> components emptied
+    "Merge duplicates and empty the components that have hardly any effect; tied sites share their fate."
+    model, emptied = parts.model, {}
+    groups = {n: [n, *(t for t, (source, _) in model.ties.items() if source == n)] for n in model.sites if n not in model.ties}
+    inputs = model.clean(x)[1]
+    merged = {n: merge_duplicates(model[n], inputs[n]) for n in groups}
+    effects, ci = ablation_effects(model, x, kind, weight), parts.ci_fns(model, inputs).lower
+    for n, sites in groups.items():
+        effect = torch.stack([effects[s] for s in sites]).amax(0)
+        importance = torch.stack([ci[s].flatten(0, -2).amax(0) for s in sites]).amax(0)
+        counted = effect[(importance > alive) & (effect > 0)]
+        idle = (effect > 0) & (effect < least * counted.median()) if len(counted) else torch.zeros_like(effect, dtype=torch.bool)
+        model[n].V[:, idle], model[n].U[idle] = 0.0, 0.0
+        emptied[n] = merged[n] + int(idle.sum())
+    return emptied
 
 # %% ../nbs/08e_steps.ipynb #59b2ace2
 def grad_norm(params: list[nn.Parameter]) -> Tensor:
@@ -324,6 +373,15 @@ class TrainState:
         if self.config.init == "data":
             init_from_data(self.parts.model, data, make_generator(self.config.seed, "init/data", self.streams.data.device))
         warm_up(self.parts.model, self.config)
+
+    def prune(self, data: Callable, kind: InputKind) -> dict[str, int]:  # site -> components emptied
+        "`prune` on an evaluation batch, with the same outcome on all ranks."
+        c = self.config
+        x = data(c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
+        x, weight = (x, None) if kind.rows is None else merge_zeros(x)
+        emptied = prune(self.parts, x, c.output_loss, weight, c.ci_alive_threshold)
+        copy_from_first(list(self.parts.model.components.parameters()))
+        return emptied
 
     def meet(self, kind: InputKind) -> None:
         "Give the lasting adversaries, if the losses have any, their first noise, or check that what they have fits the data."
