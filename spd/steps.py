@@ -305,7 +305,7 @@ def prune(
     kind: str = "mse",  # output divergence
     weight: Tensor | None = None,  # [B] weight of each input
     alive: float = 0.1,  # a component is alive if its importance is above this for some input
-    least: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
+    below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
 ) -> dict[str, int]:  # site (without tied ones) -> components emptied
     "Merge duplicates and empty the components that have hardly any effect; tied sites share their fate."
     model, emptied = parts.model, {}
@@ -317,7 +317,7 @@ def prune(
         effect = torch.stack([effects[s] for s in sites]).amax(0)
         importance = torch.stack([ci[s].flatten(0, -2).amax(0) for s in sites]).amax(0)
         counted = effect[(importance > alive) & (effect > 0)]
-        idle = (effect > 0) & (effect < least * counted.median()) if len(counted) else torch.zeros_like(effect, dtype=torch.bool)
+        idle = (effect > 0) & (effect < below * counted.median()) if len(counted) else torch.zeros_like(effect, dtype=torch.bool)
         model[n].V[:, idle], model[n].U[idle] = 0.0, 0.0
         emptied[n] = merged[n] + int(idle.sum())
     return emptied
@@ -379,7 +379,7 @@ class TrainState:
         c = self.config
         x = data(c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
         x, weight = (x, None) if kind.rows is None else merge_zeros(x)
-        emptied = prune(self.parts, x, c.output_loss, weight, c.ci_alive_threshold)
+        emptied = prune(self.parts, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below)
         copy_from_first(list(self.parts.model.components.parameters()))
         return emptied
 
