@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .components import ComponentModel, LinearComponents, Product, form, insert_identities, is_index
+from .components import ComponentModel, LinearComponents, Product, form, formed_once, insert_identities, is_index
 from .config import DecomposeConfig, make_generator
 from .importance import CIFunctions
 from spd.losses import (
@@ -541,10 +541,11 @@ class Stack:
         Cs = self.parts.Cs
         batches = [draw_batch(self.data, s.config, Cs, own, self.kind) for s, own in zip(self.states, streams, strict=True)]
         batch = batches[0] if len(batches) == 1 else stack_trees(batches)
-        losses, ci, climbed = self.losses(
-            self.parts.model, self.parts.ci_fns, batch.x, batch.weight, batch.noise, self.config, self.shape(step), batch.tilt,
-            self.coeffs, self.sources,
-        )  # fmt: skip
+        with formed_once():
+            losses, ci, climbed = self.losses(
+                self.parts.model, self.parts.ci_fns, batch.x, batch.weight, batch.noise, self.config, self.shape(step),
+                batch.tilt, self.coeffs, self.sources,
+            )  # fmt: skip
         return losses, ci, batch.weight, climbed
 
     def advance(self, climbed: dict[str, dict[str, Source]]) -> None:
