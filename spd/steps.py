@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
-           'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'prune', 'grad_norm', 'clip',
+           'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'teach', 'prune', 'grad_norm', 'clip',
            'make_optimizers', 'stream_key', 'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of',
            'each_or_one', 'stack_trees', 'Stack']
 
@@ -14,7 +14,7 @@ import atexit
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -282,9 +282,9 @@ def merge_duplicates(
     components: LinearComponents,
     x: Tensor | Product,  # [B, ..., d_in] inputs of the site
     cosine: float = 0.95,  # components count as one from this cosine of their inner activations on
-) -> int:  # how many components were emptied
+) -> dict[int, list[int]]:  # component -> those it has taken in, which are now empty
     "Add components whose inner activations are parallel to the largest of them: h_1 u_1 + h_2 u_2 = h_1 (u_1 + a u_2)."
-    V, U, h, emptied = components.V, components.U, components.inner(x).flatten(0, -2), 0  # h [n, C]
+    V, U, h, found = components.V, components.U, components.inner(x).flatten(0, -2), {}  # h [n, C]
     products, norm = h.T @ h, h.norm(dim=0)
     left, alike = norm > 0, products.abs() / torch.outer(norm, norm).clamp(min=1e-30)
     for c in (norm * U.norm(dim=1)).argsort(descending=True).tolist():
@@ -294,11 +294,31 @@ def merge_duplicates(
             same[c] = False
             U[c] += products[c, same] / products[c, c] @ U[same]
             V[:, same], U[same] = 0.0, 0.0
-            emptied += int(same.sum())
-    return emptied
+            found[c] = same.nonzero()[:, 0].tolist()
+    return found
 
 # %% ../nbs/08e_steps.ipynb #ded97693
-@torch.no_grad()
+def teach(
+    parts: Decomposition,
+    inputs: Mapping[str, Tensor | Product],  # site -> its inputs [B, ..., d_in]
+    raw: Mapping[str, Tensor],  # site -> [B, ..., C] what the causal-importance functions shall say, before the sigmoid
+    steps: int = 300,
+    lr: float = 5e-3,
+) -> None:
+    "Fit the causal-importance functions to given values."
+    pupil = copy.deepcopy(parts.ci_fns)  # a copy, as the gradients of runs side by side are views
+    params = list(pupil.parameters())
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
+    for _ in range(steps):
+        error = torch.stack([F.mse_loss(said, raw[n]) for n, said in pupil.raw(parts.model, inputs).items()]).sum()
+        for p, grad in zip(params, torch.autograd.grad(error, params), strict=True):
+            p.grad = grad
+        optimizer.step()
+    with torch.no_grad():
+        for own, new in zip(parts.ci_fns.parameters(), params, strict=True):
+            own.copy_(new)
+
+# %% ../nbs/08e_steps.ipynb #1897e65b
 def prune(
     parts: Decomposition,
     x: Tensor,  # [B, ...] inputs to measure effects on
@@ -310,16 +330,25 @@ def prune(
     "Merge duplicates and empty the components that have hardly any effect; tied sites share their fate."
     model, emptied = parts.model, {}
     groups = {n: [n, *(t for t, (source, _) in model.ties.items() if source == n)] for n in model.sites if n not in model.ties}
-    inputs = model.clean(x)[1]
-    merged = {n: merge_duplicates(model[n], inputs[n]) for n in groups}
-    effects, ci = ablation_effects(model, x, kind, weight), parts.ci_fns(model, inputs).lower
-    for n, sites in groups.items():
-        effect = torch.stack([effects[s] for s in sites]).amax(0)
-        importance = torch.stack([ci[s].flatten(0, -2).amax(0) for s in sites]).amax(0)
-        counted = effect[(importance > alive) & (effect > 0)]
-        idle = (effect > 0) & (effect < below * counted.median()) if len(counted) else torch.zeros_like(effect, dtype=torch.bool)
-        model[n].V[:, idle], model[n].U[idle] = 0.0, 0.0
-        emptied[n] = merged[n] + int(idle.sum())
+    with torch.no_grad():
+        inputs = model.clean(x)[1]
+        raw = {n: r.clone() for n, r in parts.ci_fns.raw(model, inputs).items()}
+        merged = {n: merge_duplicates(model[n], inputs[n]) for n in groups}
+        for n, sites in groups.items():
+            for kept, others in merged[n].items():
+                for s in sites:
+                    raw[s][..., kept] = raw[s][..., [kept, *others]].amax(-1)
+    if any(merged.values()):
+        teach(parts, inputs, raw)
+    with torch.no_grad():
+        effects, ci = ablation_effects(model, x, kind, weight), parts.ci_fns(model, inputs).lower
+        for n, sites in groups.items():
+            effect = torch.stack([effects[s] for s in sites]).amax(0)
+            importance = torch.stack([ci[s].flatten(0, -2).amax(0) for s in sites]).amax(0)
+            counted = effect[(importance > alive) & (effect > 0)]
+            idle = (effect > 0) & (effect < below * (counted.median() if len(counted) else 0.0))
+            model[n].V[:, idle], model[n].U[idle] = 0.0, 0.0
+            emptied[n] = int(idle.sum()) + sum(len(others) for others in merged[n].values())
     return emptied
 
 # %% ../nbs/08e_steps.ipynb #59b2ace2
