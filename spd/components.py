@@ -42,7 +42,7 @@ def product_of(M: Tensor, W: Tensor) -> Tensor:  # [..., k, d], [..., d, n] -> [
     formed = None if torch.compiler.is_compiling() else _formed.get()
     if formed is None:
         return M @ W
-    where = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in (M, W)]
+    where = [(t.device, t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) for t in (M, W)]
     key = (*where, torch.is_grad_enabled(), torch.is_autocast_enabled(M.device.type))
     if key not in formed:
         formed[key] = M @ W, M, W  # with the two, so that their memory is not given to others

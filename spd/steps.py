@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
-           'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'teach', 'prune', 'grad_norm', 'clip',
-           'make_optimizers', 'stream_key', 'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of',
-           'each_or_one', 'stack_trees', 'Stack']
+           'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'fit_ci_fns', 'is_empty', 'prune',
+           'grad_norm', 'clip', 'make_optimizers', 'stream_key', 'TrainState', 'trained', 'stack_parts',
+           'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
@@ -40,7 +40,7 @@ from spd.losses import (
     zero_is_silent,
 )
 from .masks import Noise
-from .metrics import ablation_effects
+from .metrics import ablation_effects, alive
 
 # %% ../nbs/08e_steps.ipynb #55311d4a
 def ranks() -> tuple[int, int]:  # rank, number of ranks
@@ -289,34 +289,41 @@ def merge_duplicates(
     left, alike = norm > 0, products.abs() / torch.outer(norm, norm).clamp(min=1e-30)
     for c in (norm * U.norm(dim=1)).argsort(descending=True).tolist():
         same = left & (alike[c] > cosine)
+        if not left[c]:
+            continue
         left &= ~same
-        if same[c] and same.sum() > 1:
-            same[c] = False
+        same[c] = False
+        if same.any():
             U[c] += products[c, same] / products[c, c] @ U[same]
             V[:, same], U[same] = 0.0, 0.0
             found[c] = same.nonzero()[:, 0].tolist()
     return found
 
 # %% ../nbs/08e_steps.ipynb #ded97693
-def teach(
+def fit_ci_fns(
     parts: Decomposition,
     inputs: Mapping[str, Tensor | Product],  # site -> its inputs [B, ..., d_in]
-    raw: Mapping[str, Tensor],  # site -> [B, ..., C] what the causal-importance functions shall say, before the sigmoid
+    raw: Mapping[str, Tensor],  # site -> [B, ..., C] what they shall say, before the sigmoid
     steps: int = 300,
     lr: float = 5e-3,
 ) -> None:
-    "Fit the causal-importance functions to given values."
-    pupil = copy.deepcopy(parts.ci_fns)  # a copy, as the gradients of runs side by side are views
-    params = list(pupil.parameters())
+    "Fit the causal-importance functions to given values (least squares)."
+    ci_fns = copy.deepcopy(parts.ci_fns)  # a copy, as the gradients of runs side by side are views
+    params = list(ci_fns.parameters())
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
     for _ in range(steps):
-        error = torch.stack([F.mse_loss(said, raw[n]) for n, said in pupil.raw(parts.model, inputs).items()]).sum()
+        error = torch.stack([F.mse_loss(said, raw[n]) for n, said in ci_fns.raw(parts.model, inputs).items()]).sum()
         for p, grad in zip(params, torch.autograd.grad(error, params), strict=True):
             p.grad = grad
         optimizer.step()
     with torch.no_grad():
-        for own, new in zip(parts.ci_fns.parameters(), params, strict=True):
-            own.copy_(new)
+        for own, fitted in zip(parts.ci_fns.parameters(), params, strict=True):
+            own.copy_(fitted)
+
+
+def is_empty(components: LinearComponents) -> Tensor:  # [C] bool
+    "Which components are zero."
+    return ~(components.V.any(0) | components.U.any(1))
 
 # %% ../nbs/08e_steps.ipynb #1897e65b
 def prune(
@@ -324,31 +331,31 @@ def prune(
     x: Tensor,  # [B, ...] inputs to measure effects on
     kind: str = "mse",  # output divergence
     weight: Tensor | None = None,  # [B] weight of each input
-    alive: float = 0.1,  # a component is alive if its importance is above this for some input
+    threshold: float = 0.1,  # causal importance above which a component is active
     below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
 ) -> dict[str, int]:  # site (without tied ones) -> components emptied
     "Merge duplicates and empty the components that have hardly any effect; tied sites share their fate."
-    model, emptied = parts.model, {}
+    model, lower = parts.model, parts.ci_fns.sigmoid.lower
     groups = {n: [n, *(t for t, (source, _) in model.ties.items() if source == n)] for n in model.sites if n not in model.ties}
     with torch.no_grad():
-        inputs = model.clean(x)[1]
+        inputs, before = model.clean(x)[1], {n: is_empty(model[n]) for n in groups}
         raw = {n: r.clone() for n, r in parts.ci_fns.raw(model, inputs).items()}
-        merged = {n: merge_duplicates(model[n], inputs[n]) for n in groups}
         for n, sites in groups.items():
-            for kept, others in merged[n].items():
+            for kept, others in merge_duplicates(model[n], inputs[n]).items():
                 for s in sites:
                     raw[s][..., kept] = raw[s][..., [kept, *others]].amax(-1)
-    if any(merged.values()):
-        teach(parts, inputs, raw)
-    with torch.no_grad():
-        effects, ci = ablation_effects(model, x, kind, weight), parts.ci_fns(model, inputs).lower
+        effects = ablation_effects(model, x, kind, weight)
         for n, sites in groups.items():
             effect = torch.stack([effects[s] for s in sites]).amax(0)
-            importance = torch.stack([ci[s].flatten(0, -2).amax(0) for s in sites]).amax(0)
-            counted = effect[(importance > alive) & (effect > 0)]
-            idle = (effect > 0) & (effect < below * (counted.median() if len(counted) else 0.0))
-            model[n].V[:, idle], model[n].U[idle] = 0.0, 0.0
-            emptied[n] = int(idle.sum()) + sum(len(others) for others in merged[n].values())
+            active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
+            if active.any():
+                weak = effect < below * effect[active].median()
+                model[n].V[:, weak], model[n].U[weak] = 0.0, 0.0
+            for s in sites:
+                raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=-1), raw[s])
+        emptied = {n: int((is_empty(model[n]) & ~before[n]).sum()) for n in groups}
+    if any(emptied.values()):
+        fit_ci_fns(parts, inputs, raw)
     return emptied
 
 # %% ../nbs/08e_steps.ipynb #59b2ace2
@@ -408,9 +415,21 @@ class TrainState:
         c = self.config
         x = data(c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
         x, weight = (x, None) if kind.rows is None else merge_zeros(x)
-        emptied = prune(self.parts, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below)
-        copy_from_first(list(self.parts.model.components.parameters()))
+        emptied = from_first(lambda: prune(self.parts, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below))
+        copy_from_first(list(self.parts.parameters()))
+        self.keep_empty(moments=True)
         return emptied
+
+    def keep_empty(self, moments: bool = False) -> None:  # also what the optimisers remember of them
+        "Give components that were emptied no gradient, so that they stay out of the run."
+        for components in {self.parts.model[n] for n in self.parts.model.sites if n not in self.parts.model.ties}:
+            gone = is_empty(components)
+            for p, where in ((components.V, gone), (components.U, gone[:, None])):
+                if p.grad is not None:
+                    p.grad.masked_fill_(where, 0.0)
+                means = [o.state[p][k] for o in self.optimizers for k in ("exp_avg", "momentum_buffer") if k in o.state.get(p, {})]
+                for mean in means if moments else ():
+                    mean.masked_fill_(where, 0.0)
 
     def meet(self, kind: InputKind) -> None:
         "Give the lasting adversaries, if the losses have any, their first noise, or check that what they have fits the data."
@@ -600,6 +619,8 @@ class Stack:
     def update(self) -> None:
         "Clip and apply every run's gradients."
         for s in self.states:
+            if s.config.prune_at:
+                s.keep_empty()
             clip(s.parts.model.components.parameters(), s.config.grad_clip_components)
             clip(s.parts.ci_fns.parameters(), s.config.grad_clip_ci_fns)
             for optimizer in s.optimizers:
