@@ -304,16 +304,19 @@ def fit_ci_fns(
     parts: Decomposition,
     inputs: Mapping[str, Tensor | Product],  # site -> its inputs [B, ..., d_in]
     raw: Mapping[str, Tensor],  # site -> [B, ..., C] what they shall say, before the sigmoid
-    steps: int = 300,
-    lr: float = 5e-3,
+    steps: int = 100,
+    lr: float = 1e-2,
 ) -> None:
-    "Fit the causal-importance functions to given values (least squares)."
+    "Fit the causal-importance functions to given values (least squares); above 1 and below 0 any value there will do."
     ci_fns = copy.deepcopy(parts.ci_fns)  # a copy, as the gradients of runs side by side are views
-    params = list(ci_fns.parameters())
+    params, wanted = list(ci_fns.parameters()), {n: r.clamp(0, 1) for n, r in raw.items()}
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
     for _ in range(steps):
-        error = torch.stack([F.mse_loss(said, raw[n]) for n, said in ci_fns.raw(parts.model, inputs).items()]).sum()
-        for p, grad in zip(params, torch.autograd.grad(error, params), strict=True):
+        errors = []
+        for n, said in ci_fns.raw(parts.model, inputs).items():
+            right = ((said >= 1) & (raw[n] >= 1)) | ((said <= 0) & (raw[n] <= 0))
+            errors.append(torch.where(right, 0.0, said - wanted[n]).square().mean())
+        for p, grad in zip(params, torch.autograd.grad(torch.stack(errors).sum(), params), strict=True):
             p.grad = grad
         optimizer.step()
     with torch.no_grad():
@@ -352,7 +355,7 @@ def prune(
                 weak = effect < below * effect[active].median()
                 model[n].V[:, weak], model[n].U[weak] = 0.0, 0.0
             for s in sites:
-                raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=-1), raw[s])
+                raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])
         emptied = {n: int((is_empty(model[n]) & ~before[n]).sum()) for n in groups}
     if any(emptied.values()):
         fit_ci_fns(parts, inputs, raw)
