@@ -425,14 +425,13 @@ class TrainState:
 
     def keep_empty(self, moments: bool = False) -> None:  # also what the optimisers remember of them
         "Give components that were emptied no gradient, so that they stay out of the run."
-        for components in {self.parts.model[n] for n in self.parts.model.sites if n not in self.parts.model.ties}:
+        model, kept = self.parts.model, ("exp_avg", "momentum_buffer") if moments else ()
+        for components in (model[n] for n in model.sites if n not in model.ties):
             gone = is_empty(components)
             for p, where in ((components.V, gone), (components.U, gone[:, None])):
-                if p.grad is not None:
-                    p.grad.masked_fill_(where, 0.0)
-                means = [o.state[p][k] for o in self.optimizers for k in ("exp_avg", "momentum_buffer") if k in o.state.get(p, {})]
-                for mean in means if moments else ():
-                    mean.masked_fill_(where, 0.0)
+                means = [o.state[p][k] for o in self.optimizers if p in o.state for k in kept if k in o.state[p]]
+                for t in [*means, *([] if p.grad is None else [p.grad])]:
+                    t.masked_fill_(where, 0.0)
 
     def meet(self, kind: InputKind) -> None:
         "Give the lasting adversaries, if the losses have any, their first noise, or check that what they have fits the data."
