@@ -348,7 +348,11 @@ def open_run(
     record = {"decompose": config.model_dump(mode="json"), "target": describe(target), "data": describe(data)}
     record["truth"] = truth and truth.model_dump(mode="json")
     if resume:
-        folder = RunFolder(find_run(resume)).reopen(record)
+        folder = RunFolder(find_run(resume))
+        then = folder.config()["decompose"]
+        if DecomposeConfig.model_validate(then) == config:
+            record["decompose"] = then  # may lack fields that were added since, which have their defaults
+        folder.reopen(record)
         tracking = tracking or Tracking.model_validate(folder.config()["extra"].get("tracking", {}))
     else:
         tracking = tracking or Tracking()
