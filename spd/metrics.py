@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .components import ComponentModel, Mask
+from .components import ComponentModel, Mask, formed_once
 from .config import PGD, MiracleDistance
 from .losses import ascend, output_divergence, weighted_mean
 from .masks import ci_masks, draw_noise, random_masks, rounded_masks, stochastic_masks, unmasked, zero_masks
@@ -220,10 +220,11 @@ def ablation_effects(
 ) -> dict[str, Tensor]:  # site -> [C]
     "Divergence of the output without a component from the output with all of them."
     on = {n: Mask(torch.ones_like(model[n].U[:, 0])) for n in model.sites}
-    whole, effects = model(x, on), {}
-    for n, mask in on.items():
-        without = (on | {n: Mask(one)} for one in 1 - torch.diag(mask.a))
-        effects[n] = torch.stack([output_divergence(model(x, m), whole, kind, weight) for m in without])
+    with formed_once():
+        whole, effects = model(x, on), {}
+        for n, mask in on.items():
+            without = (on | {n: Mask(one)} for one in 1 - torch.diag(mask.a))
+            effects[n] = torch.stack([output_divergence(model(x, m), whole, kind, weight) for m in without])
     return effects
 
 # %% ../nbs/05_metrics.ipynb #9c0dce61

@@ -288,9 +288,9 @@ def merge_duplicates(
     products, norm = h.T @ h, h.norm(dim=0)
     left, alike = norm > 0, products.abs() / torch.outer(norm, norm).clamp(min=1e-30)
     for c in (norm * U.norm(dim=1)).argsort(descending=True).tolist():
-        same = left & (alike[c] > cosine)
         if not left[c]:
             continue
+        same = left & (alike[c] > cosine)
         left &= ~same
         same[c] = False
         if same.any():
@@ -351,9 +351,8 @@ def prune(
         for n, sites in groups.items():
             effect = torch.stack([effects[s] for s in sites]).amax(0)
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
-            if active.any():
-                weak = effect < below * effect[active].median()
-                model[n].V[:, weak], model[n].U[weak] = 0.0, 0.0
+            weak = effect < below * effect[active].median()  # the median of none is nan: then none is weak
+            model[n].V[:, weak], model[n].U[weak] = 0.0, 0.0
             for s in sites:
                 raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])
         emptied = {n: int((is_empty(model[n]) & ~before[n]).sum()) for n in groups}
