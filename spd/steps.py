@@ -281,20 +281,23 @@ def init_from_data(
 def merge_duplicates(
     components: LinearComponents,
     x: Tensor | Product,  # [B, ..., d_in] inputs of the site
-    cosine: float = 0.95,  # components count as one from this cosine of their inner activations on
+    matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
+    cosine: float = 0.8,  # components count as one from this cosine of their inner activations on
 ) -> dict[int, list[int]]:  # component -> those it has taken in, which are now empty
     "Add components whose inner activations are parallel to the largest of them: h_1 u_1 + h_2 u_2 = h_1 (u_1 + a u_2)."
     V, U, h, found = components.V, components.U, components.inner(x).flatten(0, -2), {}  # h [n, C]
-    products, norm = h.T @ h, h.norm(dim=0)
-    left, alike = norm > 0, products.abs() / torch.outer(norm, norm).clamp(min=1e-30)
-    for c in (norm * U.norm(dim=1)).argsort(descending=True).tolist():
+    m = matters.flatten(0, -2).to(h)
+    on, off = h * m, h * (1 - m)
+    products, squares = on.T @ h + off.T @ on, on.square().sum(0)[:, None] + off.square().T @ m  # [c, k] where c or k matters
+    left, alike = h.any(0), products.abs() / (squares * squares.T).sqrt().clamp(min=1e-30)
+    for c in (h.norm(dim=0) * U.norm(dim=1)).argsort(descending=True).tolist():
         if not left[c]:
             continue
         same = left & (alike[c] > cosine)
         left &= ~same
         same[c] = False
         if same.any():
-            U[c] += products[c, same] / products[c, c] @ U[same]
+            U[c] += products[c, same] / squares[c, same] @ U[same]
             V[:, same], U[same] = 0.0, 0.0
             found[c] = same.nonzero()[:, 0].tolist()
     return found
@@ -344,7 +347,7 @@ def prune(
         inputs, before = model.clean(x)[1], {n: is_empty(model[n]) for n in groups}
         raw = {n: r.clone() for n, r in parts.ci_fns.raw(model, inputs).items()}
         for n, sites in groups.items():
-            for kept, others in merge_duplicates(model[n], inputs[n]).items():
+            for kept, others in merge_duplicates(model[n], inputs[n], lower(raw[n]) > threshold).items():
                 for s in sites:
                     raw[s][..., kept] = raw[s][..., [kept, *others]].amax(-1)
         effects = ablation_effects(model, x, kind, weight)

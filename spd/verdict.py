@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .components import ComponentModel, Mask
+from .components import ComponentModel, Mask, form
 from .config import CIFn, Config, MiracleDistance, make_generator
 from .importance import CI, CIFunctions
 from .losses import faithfulness, output_divergence
@@ -89,25 +89,26 @@ def solution_errors(
     errors = {n: identity_ci_error(tables[n], k, tol) for n, k in truth.identity.items()}
     return errors | {n: dense_ci_error(tables[n], k, tol) for n, k in truth.dense.items()}
 
-
+# %% ../nbs/06_verdict.ipynb #83c0d118
 @torch.no_grad()
 def contributions(
     model: ComponentModel,  # of a target with embedding `W_E` [n, d] and unembedding `W_U` [d, n]
     truth: GroundTruth,
     is_alive: dict[str, torch.Tensor],  # site -> [C] bool
+    arriving: bool = False,  # features as they arrive at a layer, not as they are embedded
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [layers, n, d_mlp] of the target, and through one component per feature
     "Neuron contributions of target and components, layer by layer."
     target: Any = model.target
-    W_E, W_U = target.W_E, target.W_U
-    of_target, of_components = [], []
+    W_U, W, of_target, of_components = target.W_U, model.weights(), [], []
+    streams = model.clean(torch.eye(truth.n_features, device=W_U.device))[1]
     for read, write in truth.blocks:
-        W = model.weights()
-        of_target.append(neuron_contributions(W_E @ W[read].T, W[write].T @ W_U))
+        features = form(streams[read]) if arriving else target.W_E  # [n, d]
+        of_target.append(neuron_contributions(features @ W[read].T, W[write].T @ W_U))
         summed = model[write].weight().T @ W_U
-        of_components.append(component_contributions(W_E, model[read].V, model[read].U, summed, is_alive[read]))
+        of_components.append(component_contributions(features, model[read].V, model[read].U, summed, is_alive[read]))
     return torch.stack(of_target), torch.stack(of_components)
 
-# %% ../nbs/06_verdict.ipynb #83c0d118
+# %% ../nbs/06_verdict.ipynb #80ec45db
 def _under_masks(model, x, out, ci, generator, kind="mse", delta=True) -> dict[str, Any]:
     if kind == "kl" and not x.is_floating_point() and x.ndim == 2 and out.shape[:-1] == x.shape:
         ce_kl = ce_kl_under_masks(model, x, out, ci, generator, delta)
@@ -168,9 +169,9 @@ def _against_truth(model, ci_fns, truth: GroundTruth, is_alive) -> dict[str, Any
         W, comps = model.weights()[truth.columns], model[truth.columns]
         numbers |= match_features(W, comps.V, comps.U, is_alive[truth.columns])._asdict()
     if truth.blocks:
-        of_target, of_components = contributions(model, truth, is_alive)
-        numbers["contribution_correlation"] = correlation(of_target, of_components)
-        numbers["contribution_slope"] = slope(of_target, of_components)
+        for kind, arriving in (("contribution", False), ("arriving", True)):
+            both = contributions(model, truth, is_alive, arriving)
+            numbers |= {f"{kind}_correlation": correlation(*both), f"{kind}_slope": slope(*both)}
     return numbers
 
 # %% ../nbs/06_verdict.ipynb #f54c63a7
@@ -279,9 +280,9 @@ def _truth_criteria(numbers: dict[str, Any], truth: GroundTruth) -> list[Criteri
             _criterion("worst column ratio", numbers.get("worst_ratio"), near(RATIO_TOL), f"1 ± {RATIO_TOL}"),
         ]
     if truth.blocks:
-        r, enough = numbers.get("contribution_correlation"), lambda v: v >= truth.min_correlation
-        found.append(_criterion("neuron contributions r", r, enough, f"≥ {truth.min_correlation}"))
-        size = numbers.get("contribution_slope")
+        both = [(numbers.get(f"{kind}_correlation"), numbers.get(f"{kind}_slope")) for kind in ("contribution", "arriving")]
+        r, size = max((v for v in both if v[0] is not None), default=both[0])
+        found.append(_criterion("neuron contributions r", r, lambda v: v >= truth.min_correlation, f"≥ {truth.min_correlation}"))
         found.append(_criterion("neuron contributions slope", size, near(SLOPE_TOL), f"1 ± {SLOPE_TOL}"))
     return found
 
