@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
-           'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'fit_ci_fns', 'is_empty', 'prune',
-           'grad_norm', 'clip', 'make_optimizers', 'stream_key', 'TrainState', 'trained', 'stack_parts',
-           'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
+           'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'fit_ci_fns', 'is_empty', 'own_shares',
+           'empty_weak', 'prune', 'grad_norm', 'clip', 'make_optimizers', 'stream_key', 'TrainState', 'trained',
+           'stack_parts', 'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
@@ -332,6 +332,40 @@ def is_empty(components: LinearComponents) -> Tensor:  # [C] bool
     return ~(components.V.any(0) | components.U.any(1))
 
 # %% ../nbs/08e_steps.ipynb #1897e65b
+def own_shares(
+    y: Tensor,  # [n, C] contributions g h
+) -> tuple[Tensor, Tensor]:  # [C] shares, [C, C] coefficients of the others, row by row
+    "Share of each component's contribution that no combination of the others can give, and the combinations that come closest."
+    G = (y.T @ y).double().cpu()  # MPS has no double precision
+    size = G.diagonal().sqrt().clamp(min=1e-30)
+    G = G / torch.outer(size, size)
+    G.fill_diagonal_(1 + 1e-6)  # also of what contributes nothing, whose share is 1
+    inverse = torch.linalg.inv(G)
+    share, others = 1 / inverse.diagonal(), -inverse / inverse.diagonal()[:, None] * torch.outer(size, 1 / size)
+    return share.to(y), others.fill_diagonal_(0).to(y)
+
+
+@torch.no_grad()
+def empty_weak(
+    components: LinearComponents,
+    effects: Sequence[Tensor],  # [C] for every site that has these components
+    contributions: Sequence[Tensor],  # [n, C] for every such site
+    least: Tensor,  # scalar, the effect that a component must have
+) -> None:
+    "Empty the components that others can replace but for an effect below `least`, one by one, and let the others do so."
+    V, U, ys = components.V, components.U, [y.clone() for y in contributions]
+    while True:
+        shares = [own_shares(y) for y in ys]
+        lost = torch.stack([effect * share for effect, (share, _) in zip(effects, shares, strict=True)]).amax(0)
+        c = int(lost.masked_fill(is_empty(components), math.inf).argmin())
+        if is_empty(components)[c] or not lost[c] < least:  # `least` is nan if nothing is alive
+            return
+        U += torch.outer(shares[0][1][c], U[c])
+        V[:, c], U[c] = 0.0, 0.0
+        for y in ys:
+            y[:, c] = 0.0
+
+# %% ../nbs/08e_steps.ipynb #fe556ecd
 def prune(
     parts: Decomposition,
     x: Tensor,  # [B, ...] inputs to measure effects on
@@ -354,8 +388,8 @@ def prune(
         for n, sites in groups.items():
             effect = torch.stack([effects[s] for s in sites]).amax(0)
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
-            weak = effect < below * effect[active].median()  # the median of none is nan: then none is weak
-            model[n].V[:, weak], model[n].U[weak] = 0.0, 0.0
+            given = [(lower(raw[s]) * model[s].inner(inputs[s])).flatten(0, -2) for s in sites]
+            empty_weak(model[n], [effects[s] for s in sites], given, below * effect[active].median())
             for s in sites:
                 raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])
         emptied = {n: int((is_empty(model[n]) & ~before[n]).sum()) for n in groups}
