@@ -388,7 +388,7 @@ def prune(
         for n, sites in groups.items():
             effect = torch.stack([effects[s] for s in sites]).amax(0)
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
-            given = [(lower(raw[s]) * model[s].inner(inputs[s])).flatten(0, -2) for s in sites]
+            given = [(lower(raw[s]) * model[s].inner(inputs[s]) * active).flatten(0, -2) for s in sites]
             empty_weak(model[n], [effects[s] for s in sites], given, below * effect[active].median())
             for s in sites:
                 raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])
