@@ -334,15 +334,19 @@ def is_empty(components: LinearComponents) -> Tensor:  # [C] bool
 # %% ../nbs/08e_steps.ipynb #1897e65b
 def own_shares(
     y: Tensor,  # [n, C] contributions g h
+    ridge: float = 0.01,  # lambda, as a share of the median of |y|^2 of those that contribute
 ) -> tuple[Tensor, Tensor]:  # [C] shares, [C, C] coefficients of the others, row by row
-    "Share of each component's contribution that no combination of the others can give, and the combinations that come closest."
+    "Share of each component's contribution that the others cannot give, and how they best give the rest (nothing: 1)."
     G = (y.T @ y).double().cpu()  # MPS has no double precision
-    size = G.diagonal().sqrt().clamp(min=1e-30)
-    G = G / torch.outer(size, size)
-    G.fill_diagonal_(1 + 1e-6)  # also of what contributes nothing, whose share is 1
-    inverse = torch.linalg.inv(G)
-    share, others = 1 / inverse.diagonal(), -inverse / inverse.diagonal()[:, None] * torch.outer(size, 1 / size)
-    return share.to(y), others.fill_diagonal_(0).to(y)
+    squares = G.diagonal().clone()
+    gives = squares > 0
+    if not gives.any():
+        return torch.ones_like(y[0]), torch.zeros_like(y.T @ y)
+    penalty = ridge * squares[gives].median()
+    inverse = torch.linalg.inv(G + penalty * torch.eye(len(G)))
+    left = 1 / inverse.diagonal()
+    share = torch.where(gives, (left - penalty) / squares.clamp(min=1e-300), 1.0)
+    return share.to(y), (-inverse * left[:, None]).fill_diagonal_(0).to(y)
 
 
 @torch.no_grad()
