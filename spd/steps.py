@@ -284,13 +284,13 @@ def merge_duplicates(
     matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
     cosine: float = 0.8,  # components count as one from this cosine of their inner activations on
 ) -> dict[int, list[int]]:  # component -> those it has taken in, which are now empty
-    "Add components whose inner activations are parallel to the largest of them: h_1 u_1 + h_2 u_2 = h_1 (u_1 + a u_2)."
+    "Add components whose inner activations are parallel to the one that contributes most: h_1 u_1 + h_2 u_2 = h_1 (u_1 + a u_2)."
     V, U, h, found = components.V, components.U, components.inner(x).flatten(0, -2), {}  # h [n, C]
     m = matters.flatten(0, -2).to(h)
     on, off = h * m, h * (1 - m)
     products, squares = on.T @ h + off.T @ on, on.square().sum(0)[:, None] + off.square().T @ m  # [c, k] where c or k matters
     left, alike = h.any(0), products.abs() / (squares * squares.T).sqrt().clamp(min=1e-30)
-    for c in (h.norm(dim=0) * U.norm(dim=1)).argsort(descending=True).tolist():
+    for c in (on.norm(dim=0) * U.norm(dim=1)).argsort(descending=True).tolist():
         if not left[c]:
             continue
         same = left & (alike[c] > cosine)
