@@ -206,7 +206,7 @@ _PAPER = {"init": "projected", "use_delta_component": False}
 _OURS = {
     "faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "batch_size": 512, "steps": 12_000, "prune_at": (0.6, 0.8)
 }  # fmt: skip
-_DEEP = {"prune_at": (0.5, 0.7, 0.85), "prune_below": 0.125}
+_DEEP = {"prune_at": (0.5, 0.7, 0.85)}
 _ANNEALED = {"coeff": 2.5e-5, "p": 4.0, "final_p": 1.0, "anneal_end": 0.9}
 PRESETS: dict[str, dict[int, DecomposeConfig]] = {
     "paper": {
