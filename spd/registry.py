@@ -49,9 +49,9 @@ EXPERIMENTS = {
     "tms_5-2-id": _tms("tms_5-2-id", "5 components in W, 2 in the identity", 1, 9),
     "tms_40-10": _tms("tms_40-10", "40 components in W, one per feature", 2, 120),
     "tms_40-10-id": _tms("tms_40-10-id", "40 components in W, 10 in the identity", 2, 180),
-    "resid_mlp1": _resid_mlp(1, "100 components read in, 50 read out", 6, 25),
-    "resid_mlp2": _resid_mlp(2, "100 components read in at each layer, 25 read out", 12, 60),
-    "resid_mlp3": _resid_mlp(3, "102 components read in at each layer, 17 read out", 45, 150),
+    "resid_mlp1": _resid_mlp(1, "100 components read in, 50 read out", 5, 25),
+    "resid_mlp2": _resid_mlp(2, "100 components read in at each layer, 25 read out", 11, 280),
+    "resid_mlp3": _resid_mlp(3, "102 components read in at each layer, 17 read out", 15, 11_000),
     "ss_emb": Experiment(notebook=None, note="it comes with the chapters on language models"),
 }
 RUNNABLE = [name for name, e in EXPERIMENTS.items() if e.notebook]
