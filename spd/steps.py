@@ -289,9 +289,9 @@ def merge_duplicates(
     m = matters.flatten(0, -2).to(h)
     on, off = h * m, h * (1 - m)
     products, squares = on.T @ h + off.T @ on, on.square().sum(0)[:, None] + off.square().T @ m  # [c, k] where c or k matters
-    left, alike = h.any(0), products.abs() / (squares * squares.T).sqrt().clamp(min=1e-30)
+    takes, left, alike = on.any(0), h.any(0), products.abs() / (squares.sqrt() * squares.T.sqrt()).clamp(min=1e-30)
     for c in (on.norm(dim=0) * U.norm(dim=1)).argsort(descending=True).tolist():
-        if not left[c]:
+        if not (left[c] and takes[c]):
             continue
         same = left & (alike[c] > cosine)
         left &= ~same
@@ -333,43 +333,46 @@ def is_empty(components: LinearComponents) -> Tensor:  # [C] bool
 
 # %% ../nbs/08e_steps.ipynb #1897e65b
 def own_shares(
-    y: Tensor,  # [n, C] contributions g h
+    G: Tensor,  # [C, C] products of the contributions, y^T y
     ridge: float = 0.01,  # lambda, as a share of the median of |y|^2 of those that contribute
 ) -> tuple[Tensor, Tensor]:  # [C] shares, [C, C] coefficients of the others, row by row
-    "Share of each component's contribution that the others cannot give, and how they best give the rest (nothing: 1)."
-    G = (y.T @ y).double().cpu()  # MPS has no double precision
-    squares = G.diagonal().clone()
+    "Share of each component's contribution that the others cannot give (1 if it has none), and how they best give the rest."
+    squares = G.diagonal()
     gives = squares > 0
     if not gives.any():
-        return torch.ones_like(y[0]), torch.zeros_like(y.T @ y)
+        return torch.ones_like(squares), torch.zeros_like(G)
     penalty = ridge * squares[gives].median()
-    inverse = torch.linalg.inv(G + penalty * torch.eye(len(G)))
+    inverse = torch.linalg.inv(G + penalty * torch.eye(len(G), dtype=G.dtype))
     left = 1 / inverse.diagonal()
     share = torch.where(gives, (left - penalty) / squares.clamp(min=1e-300), 1.0)
-    return share.to(y), (-inverse * left[:, None]).fill_diagonal_(0).to(y)
+    return share, (-inverse * left[:, None]).fill_diagonal_(0)
 
 
 @torch.no_grad()
 def empty_weak(
     components: LinearComponents,
-    effects: Sequence[Tensor],  # [C] for every site that has these components
-    contributions: Sequence[Tensor],  # [n, C] for every such site
+    effects: Sequence[Tensor],  # [C] at the site, and at every site tied to it
+    y: Tensor,  # [n, C] contributions g h at the site
     least: Tensor,  # scalar, the effect that a component must have
 ) -> None:
-    "Empty the components that others can replace but for an effect below `least`, one by one, and let the others do so."
-    V, U, ys = components.V, components.U, [y.clone() for y in contributions]
+    "Empty components one by one, the weakest first, while what others cannot take over of it has an effect below `least`."
+    V, U = components.V, components.U
+    size = U.norm(dim=1).clamp(min=1e-30)
+    G = ((y * size).T @ (y * size)).cpu().double()  # MPS has no double precision
     while True:
-        shares = [own_shares(y) for y in ys]
-        lost = torch.stack([effect * share for effect, (share, _) in zip(effects, shares, strict=True)]).amax(0)
-        c = int(lost.masked_fill(is_empty(components), math.inf).argmin())
-        if is_empty(components)[c] or not lost[c] < least:  # `least` is nan if nothing is alive
+        share, others = own_shares(G)
+        a = others.to(U) * size / size[:, None]
+        elsewhere = (V - V @ a.T).square().sum(0) / V.square().sum(0).clamp(min=1e-30)
+        lost = torch.stack([effects[0] * share.to(U), *(effect * elsewhere for effect in effects[1:])]).amax(0)
+        lost = lost * (U.norm(dim=1) / size).square()  # what has taken over does more than it did
+        empty = is_empty(components)
+        c = int(lost.masked_fill(empty, math.inf).argmin())
+        if empty[c] or not lost[c] < least:  # `least` is nan if nothing is alive
             return
-        U += torch.outer(shares[0][1][c], U[c])
-        V[:, c], U[c] = 0.0, 0.0
-        for y in ys:
-            y[:, c] = 0.0
+        U += torch.outer(a[c], U[c])
+        V[:, c], U[c], G[c], G[:, c] = 0.0, 0.0, 0.0, 0.0
 
-# %% ../nbs/08e_steps.ipynb #fe556ecd
+# %% ../nbs/08e_steps.ipynb #1dbbd9d5
 def prune(
     parts: Decomposition,
     x: Tensor,  # [B, ...] inputs to measure effects on
@@ -385,15 +388,17 @@ def prune(
         inputs, before = model.clean(x)[1], {n: is_empty(model[n]) for n in groups}
         raw = {n: r.clone() for n, r in parts.ci_fns.raw(model, inputs).items()}
         for n, sites in groups.items():
-            for kept, others in merge_duplicates(model[n], inputs[n], lower(raw[n]) > threshold).items():
+            important = torch.stack([lower(raw[s]) for s in sites]).amax(0)
+            matters = (important > threshold) & alive(important, threshold)
+            for kept, others in merge_duplicates(model[n], inputs[n], matters).items():
                 for s in sites:
                     raw[s][..., kept] = raw[s][..., [kept, *others]].amax(-1)
         effects = ablation_effects(model, x, kind, weight)
         for n, sites in groups.items():
             effect = torch.stack([effects[s] for s in sites]).amax(0)
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
-            given = [(lower(raw[s]) * model[s].inner(inputs[s]) * active).flatten(0, -2) for s in sites]
-            empty_weak(model[n], [effects[s] for s in sites], given, below * effect[active].median())
+            y = (lower(raw[n]) * active * model[n].inner(inputs[n])).flatten(0, -2)
+            empty_weak(model[n], [effects[s] for s in sites], y, below * effect[active].median())
             for s in sites:
                 raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])
         emptied = {n: int((is_empty(model[n]) & ~before[n]).sum()) for n in groups}

@@ -100,7 +100,7 @@ def contributions(
     "Neuron contributions of target and components, layer by layer."
     target: Any = model.target
     W_U, W, of_target, of_components = target.W_U, model.weights(), [], []
-    streams = model.clean(torch.eye(truth.n_features, device=W_U.device))[1]
+    streams = model.clean(torch.eye(truth.n_features, device=W_U.device))[1] if arriving else {}
     for read, write in truth.blocks:
         features = form(streams[read]) if arriving else target.W_E  # [n, d]
         of_target.append(neuron_contributions(features @ W[read].T, W[write].T @ W_U))
@@ -280,10 +280,11 @@ def _truth_criteria(numbers: dict[str, Any], truth: GroundTruth) -> list[Criteri
             _criterion("worst column ratio", numbers.get("worst_ratio"), near(RATIO_TOL), f"1 ± {RATIO_TOL}"),
         ]
     if truth.blocks:
-        both = [(numbers.get(f"{kind}_correlation"), numbers.get(f"{kind}_slope")) for kind in ("contribution", "arriving")]
-        r, size = max((v for v in both if v[0] is not None), default=both[0])
-        found.append(_criterion("neuron contributions r", r, lambda v: v >= truth.min_correlation, f"≥ {truth.min_correlation}"))
-        found.append(_criterion("neuron contributions slope", size, near(SLOPE_TOL), f"1 ± {SLOPE_TOL}"))
+        r_of = lambda kind: numbers.get(f"{kind}_correlation") or 0.0
+        kind = "arriving" if r_of("arriving") > r_of("contribution") else "contribution"
+        r, size, how = (*(numbers.get(f"{kind}_{k}") for k in ("correlation", "slope")), " (as features arrive)" * (kind == "arriving"))
+        found.append(_criterion(f"neuron contributions r{how}", r, lambda v: v >= truth.min_correlation, f"≥ {truth.min_correlation}"))
+        found.append(_criterion(f"neuron contributions slope{how}", size, near(SLOPE_TOL), f"1 ± {SLOPE_TOL}"))
     return found
 
 # %% ../nbs/06_verdict.ipynb #8ff1eeb7
