@@ -282,8 +282,9 @@ def _truth_criteria(numbers: dict[str, Any], truth: GroundTruth) -> list[Criteri
     if truth.blocks:
         r_of = lambda kind: numbers.get(f"{kind}_correlation") or 0.0
         kind = "arriving" if r_of("arriving") > r_of("contribution") else "contribution"
-        r, size, how = (*(numbers.get(f"{kind}_{k}") for k in ("correlation", "slope")), " (as features arrive)" * (kind == "arriving"))
-        found.append(_criterion(f"neuron contributions r{how}", r, lambda v: v >= truth.min_correlation, f"≥ {truth.min_correlation}"))
+        how = " (as features arrive)" if kind == "arriving" else ""
+        r, size, enough = numbers.get(f"{kind}_correlation"), numbers.get(f"{kind}_slope"), lambda v: v >= truth.min_correlation
+        found.append(_criterion(f"neuron contributions r{how}", r, enough, f"≥ {truth.min_correlation}"))
         found.append(_criterion(f"neuron contributions slope{how}", size, near(SLOPE_TOL), f"1 ± {SLOPE_TOL}"))
     return found
 
