@@ -356,9 +356,9 @@ def empty_weak(
     least: Tensor,  # scalar, the effect that a component must have
 ) -> None:
     "Empty components one by one, the weakest first, while what others cannot take over of it has an effect below `least`."
-    V, U = components.V, components.U
-    size = U.norm(dim=1).clamp(min=1e-30)
-    G = ((y * size).T @ (y * size)).cpu().double()  # MPS has no double precision
+    V, U, size = components.V, components.U, components.U.norm(dim=1).clamp(min=1e-30)
+    y = y * size
+    G = (y.T @ y).cpu().double()  # MPS has no double precision
     while True:
         share, others = own_shares(G)
         a = others.to(U) * size / size[:, None]

@@ -280,8 +280,7 @@ def _truth_criteria(numbers: dict[str, Any], truth: GroundTruth) -> list[Criteri
             _criterion("worst column ratio", numbers.get("worst_ratio"), near(RATIO_TOL), f"1 ± {RATIO_TOL}"),
         ]
     if truth.blocks:
-        r_of = lambda kind: numbers.get(f"{kind}_correlation") or 0.0
-        kind = "arriving" if r_of("arriving") > r_of("contribution") else "contribution"
+        kind = max(("contribution", "arriving"), key=lambda kind: numbers.get(f"{kind}_correlation") or 0.0)
         how = " (as features arrive)" if kind == "arriving" else ""
         r, size, enough = numbers.get(f"{kind}_correlation"), numbers.get(f"{kind}_slope"), lambda v: v >= truth.min_correlation
         found.append(_criterion(f"neuron contributions r{how}", r, enough, f"≥ {truth.min_correlation}"))
