@@ -11,8 +11,17 @@ import torch
 from spd.decompose import decompose, load_run
 from spd.experiments.tms import PRESETS, TARGETS, TMS
 from spd.runs import RunFolder
+from spd.steps import is_empty
 
-SMALL = {"batch_size": 512, "steps": 20, "log_freq": 5, "eval_freq": 10, "save_freq": 10, "eval_batch_size": 128}
+SMALL = {
+    "batch_size": 512,
+    "steps": 20,
+    "log_freq": 5,
+    "eval_freq": 10,
+    "save_freq": 10,
+    "eval_batch_size": 128,
+    "prune_at": (0.5,),
+}
 CHILD = f"""
 import json, signal, sys
 from pathlib import Path
@@ -149,6 +158,8 @@ def test_one_run_one_folder(two):
     assert [r["_step"] for r in run.rows()] == [0, 5, 10, 15, 20]
     assert run.status()["state"] == "finished"
     assert run.config()["extra"]["ranks"] == 2
+    assert "before step 10, components emptied: {'linear1': " in (path / "training.log").read_text()
+    assert is_empty(load_run(path).model["linear1"]).any()  # after rank 0 pruned, all go on with the same parameters
     for mine in found:
         assert mine["same parameters"] and mine["same verdict"]
         assert mine["streams"][1] == ["1.data", "1.masks", "data", "masks"]
