@@ -379,7 +379,7 @@ def prune(
     kind: str = "mse",  # output divergence
     weight: Tensor | None = None,  # [B] weight of each input
     threshold: float = 0.1,  # causal importance above which a component is active
-    below: float = 0.15,  # the effect a component must have, as a share of the median of the alive ones
+    below: float = 0.2,  # the effect a component must have, as a share of the median of the alive ones
 ) -> dict[str, int]:  # site (without tied ones) -> components emptied
     "Merge duplicates and empty the components that have hardly any effect; tied sites share their fate."
     model, lower = parts.model, parts.ci_fns.sigmoid.lower
