@@ -351,7 +351,7 @@ class DecomposeConfig(Config):
     init: Literal["gaussian", "projected", "data"] = Field(default="gaussian", description="start of V and U; paper: projected")
     faithfulness_warmup: FaithfulnessWarmup = FaithfulnessWarmup()
     prune_at: tuple[Share, ...] = Field(default=(), description="shares of the steps after which `prune` is called")
-    prune_below: float = Field(default=0.2, gt=0, lt=1, description="effect pruning asks for, as a share of the median")
+    prune_below: float = Field(default=0.1, gt=0, lt=1, description="effect pruning asks for, as a share of the median")
     grad_clip_components: float | None = Field(default=None, gt=0, description="largest gradient norm of all V and U")
     grad_clip_ci_fns: float | None = Field(default=None, gt=0, description="largest gradient norm of the CI functions")
     log_freq: int = Field(default=100, ge=1, description="steps between logged training rows")

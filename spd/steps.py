@@ -355,7 +355,7 @@ def empty_weak(
     y: Tensor,  # [n, C] contributions g h at the site
     least: Tensor,  # scalar, the effect that a component must have
 ) -> None:
-    "Empty components one by one, the weakest first, while what others cannot take over of it has an effect below `least`."
+    "Empty components one by one, the weakest first, while its effect times the squared share that is its own is below `least`."
     V, U, size = components.V, components.U, components.U.norm(dim=1).clamp(min=1e-30)
     y = y * size
     G = (y.T @ y).cpu().double()  # MPS has no double precision
@@ -363,11 +363,11 @@ def empty_weak(
         share, others = own_shares(G)
         a = others.to(U) * size / size[:, None]
         elsewhere = (V - V @ a.T).square().sum(0) / V.square().sum(0).clamp(min=1e-30)
-        lost = torch.stack([effects[0] * share.to(U), *(effect * elsewhere for effect in effects[1:])]).amax(0)
-        lost = lost * (U.norm(dim=1) / size).square()  # what has taken over does more than it did
+        own = torch.stack([effects[0] * share.to(U) ** 2, *(effect * elsewhere**2 for effect in effects[1:])]).amax(0)
+        own = own * (U.norm(dim=1) / size).square()  # what has taken over does more than it did
         empty = is_empty(components)
-        c = int(lost.masked_fill(empty, math.inf).argmin())
-        if empty[c] or not lost[c] < least:  # `least` is nan if nothing is alive
+        c = int(own.masked_fill(empty, math.inf).argmin())
+        if empty[c] or not own[c] < least:  # `least` is nan if nothing is alive
             return
         U += torch.outer(a[c], U[c])
         V[:, c], U[c], G[c], G[:, c] = 0.0, 0.0, 0.0, 0.0
@@ -379,7 +379,7 @@ def prune(
     kind: str = "mse",  # output divergence
     weight: Tensor | None = None,  # [B] weight of each input
     threshold: float = 0.1,  # causal importance above which a component is active
-    below: float = 0.2,  # the effect a component must have, as a share of the median of the alive ones
+    below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
 ) -> dict[str, int]:  # site (without tied ones) -> components emptied
     "Merge duplicates and empty the components that have hardly any effect; tied sites share their fate."
     model, lower = parts.model, parts.ci_fns.sigmoid.lower
