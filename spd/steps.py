@@ -6,8 +6,8 @@
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
            'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'fit_ci_fns', 'is_empty', 'own_shares',
-           'empty_weak', 'prune', 'grad_norm', 'clip', 'make_optimizers', 'stream_key', 'TrainState', 'trained',
-           'stack_parts', 'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
+           'empty_weak', 'hand_over', 'prune', 'grad_norm', 'clip', 'make_optimizers', 'stream_key', 'TrainState',
+           'trained', 'stack_parts', 'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
@@ -373,6 +373,40 @@ def empty_weak(
         V[:, c], U[c], G[c], G[:, c] = 0.0, 0.0, 0.0, 0.0
 
 # %% ../nbs/08e_steps.ipynb #1dbbd9d5
+@torch.no_grad()
+def hand_over(
+    components: LinearComponents,
+    x: Tensor | Product,  # [B, ..., d_in] inputs of the site
+    raw: Sequence[Tensor],  # [B, ..., C] importances before the sigmoid, at the site and at every site tied to it; changed
+    matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
+    most: float = 0.8,  # k matters where j does if it has more than this share of j's squared inner activations
+    cosine: float = 0.9,  # from this cosine of the inner activations on, where j matters, j can do what k does there
+) -> list[tuple[int, int]]:  # (k, j): which has handed over to which
+    "Let a component do alone what another one does in parallel wherever it matters."
+    V, U, h, pairs = components.V, components.U, components.inner(x).flatten(0, -2), []  # h [n, C]
+    raw, m = [r.flatten(0, -2) for r in raw], matters.flatten(0, -2).to(h)
+    while True:
+        on = h * m
+        squares, products = on.square().sum(0)[:, None].clamp(min=1e-30), on.T @ h  # [j, 1], [j, k] where j matters
+        alike = products.abs() / (squares * (m.T @ h.square())).sqrt().clamp(min=1e-30)
+        alike[(on.square().T @ m <= most * squares) | (alike <= cosine)] = 0.0
+        for k, j in [(j, j) for j in range(len(alike))] + pairs:
+            alike[j, k] = 0.0
+        if not alike.any():
+            return pairs
+        j, k = divmod(int(alike.argmax()), len(alike))
+        a = products[j, k] / squares[j]
+        U[j] += a * U[k]
+        V[:, k] -= a * V[:, j]
+        rest, here = h[:, k] - a * h[:, j], m[:, j] > 0
+        less = rest.abs() < 0.5 * h[:, k].abs()
+        for r in raw:
+            r[here, j] = torch.maximum(r[here, j], r[here, k])
+            r[less, k] = r[less, k].clamp(max=0)
+        h[:, k], m[less, k] = rest, 0.0
+        pairs.append((k, j))
+
+# %% ../nbs/08e_steps.ipynb #b390e400
 def prune(
     parts: Decomposition,
     x: Tensor,  # [B, ...] inputs to measure effects on
@@ -381,16 +415,19 @@ def prune(
     threshold: float = 0.1,  # causal importance above which a component is active
     below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
 ) -> dict[str, int]:  # site (without tied ones) -> components emptied
-    "Merge duplicates and empty the components that have hardly any effect; tied sites share their fate."
+    "Merge duplicates, empty weak components and part mechanisms that share one; tied sites share their fate."
     model, lower = parts.model, parts.ci_fns.sigmoid.lower
     groups = {n: [n, *(t for t, (source, _) in model.ties.items() if source == n)] for n in model.sites if n not in model.ties}
+
+    def matters(sites: Sequence[str]) -> Tensor:  # [B, ..., C] bool, important here and alive
+        important = torch.stack([lower(raw[s]) for s in sites]).amax(0)
+        return (important > threshold) & alive(important, threshold)
+
     with torch.no_grad():
-        inputs, before = model.clean(x)[1], {n: is_empty(model[n]) for n in groups}
+        inputs, before, handed = model.clean(x)[1], {n: is_empty(model[n]) for n in groups}, False
         raw = {n: r.clone() for n, r in parts.ci_fns.raw(model, inputs).items()}
         for n, sites in groups.items():
-            important = torch.stack([lower(raw[s]) for s in sites]).amax(0)
-            matters = (important > threshold) & alive(important, threshold)
-            for kept, others in merge_duplicates(model[n], inputs[n], matters).items():
+            for kept, others in merge_duplicates(model[n], inputs[n], matters(sites)).items():
                 for s in sites:
                     raw[s][..., kept] = raw[s][..., [kept, *others]].amax(-1)
         effects = ablation_effects(model, x, kind, weight)
@@ -401,8 +438,9 @@ def prune(
             empty_weak(model[n], [effects[s] for s in sites], y, below * effect[active].median())
             for s in sites:
                 raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])
+            handed |= bool(hand_over(model[n], inputs[n], [raw[s] for s in sites], matters(sites)))
         emptied = {n: int((is_empty(model[n]) & ~before[n]).sum()) for n in groups}
-    if any(emptied.values()):
+    if handed or any(emptied.values()):
         fit_ci_fns(parts, inputs, raw)
     return emptied
 

@@ -207,7 +207,7 @@ _OURS = {
     "faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "batch_size": 512, "steps": 12_000, "prune_at": (0.6, 0.8)
 }  # fmt: skip
 _DEEP = {"prune_at": (0.5, 0.7, 0.85)}
-_ANNEALED = {"coeff": 2.5e-5, "p": 4.0, "final_p": 0.5, "anneal_end": 0.9}
+_ANNEALED = {"coeff": 2.5e-5, "p": 4.0, "final_p": 0.4, "anneal_end": 0.9}
 PRESETS: dict[str, dict[int, DecomposeConfig]] = {
     "paper": {
         1: _preset(100, 100, {"coeff": 1e-5, "p": 2.0}, lr={"start": 2e-3}, steps=30_000, **_PAPER),
