@@ -6,8 +6,8 @@
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
            'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'fit_ci_fns', 'is_empty', 'own_shares',
-           'empty_weak', 'hand_over', 'prune', 'grad_norm', 'clip', 'make_optimizers', 'stream_key', 'TrainState',
-           'trained', 'stack_parts', 'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
+           'empty_weak', 'hand_over', 'revive', 'prune', 'grad_norm', 'clip', 'make_optimizers', 'stream_key',
+           'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
@@ -407,6 +407,42 @@ def hand_over(
         pairs.append((k, j))
 
 # %% ../nbs/08e_steps.ipynb #b390e400
+@torch.no_grad()
+def revive(
+    components: LinearComponents,
+    x: Tensor | Product,  # [B, ..., d_in] inputs of the site
+    raw: Sequence[Tensor],  # [B, ..., C] importances before the sigmoid, at the site and at every site tied to it; changed
+    matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
+    lift: float = 5.0,  # how many times as often as by chance a pair must matter together
+    least: int = 8,  # on so many inputs
+    cosine: float = 0.9,  # from this cosine of the inner activations on, they are parallel
+    home: float = 0.5,  # a component that is parallel to the new one from this cosine on, where either matters, is at home
+) -> list[int]:  # the components, with u = 0
+    "Give mechanisms that only components of others serve an empty component to read them."
+    h, m, rows = components.inner(x).flatten(0, -2), matters.flatten(0, -2).to(components.V), form(x).flatten(0, -2)
+    raw, free, revived = [r.flatten(0, -2) for r in raw], is_empty(components).nonzero()[:, 0].tolist(), []
+    on, count, both = h * m, m.sum(0), m.T @ m
+    squares = on.square().T @ m  # [k, l] where l matters, too
+    parallel = (on.T @ on).abs() > cosine * (squares * squares.T).sqrt()
+    often = (both >= least) & (both * len(h) > lift * count[:, None] * count)
+    pairs = (both * (parallel & often)).triu(1)
+    fit = torch.linalg.pinv(rows.double().cpu(), rtol=1e-3).to(rows)  # [d_in, n]
+    for one, other in (divmod(i, len(both)) for i in pairs.flatten().argsort(descending=True)[: int((pairs > 0).sum())].tolist()):
+        s = m[:, one] * m[:, other] * (1 - m[:, revived].amax(1) if revived else 1)
+        if not free or s.sum() < least:
+            continue
+        v = fit @ (s * h[:, one])
+        along, either = (rows @ v)[:, None], torch.maximum(m, s[:, None])
+        alike = (h * along * either).sum(0).abs() / ((h.square() * either).sum(0) * (along.square() * either).sum(0)).sqrt()
+        if (alike[count > 0] > home).any():
+            continue
+        revived.append(j := free.pop(0))
+        components.V[:, j], m[:, j] = v, s
+        for r in raw:
+            r[:, j] = s
+    return revived
+
+# %% ../nbs/08e_steps.ipynb #1602f42c
 def prune(
     parts: Decomposition,
     x: Tensor,  # [B, ...] inputs to measure effects on
@@ -438,7 +474,10 @@ def prune(
             empty_weak(model[n], [effects[s] for s in sites], y, below * effect[active].median())
             for s in sites:
                 raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])
+            if not is_index(inputs[n]):
+                revive(model[n], inputs[n], [raw[s] for s in sites], matters(sites))
             handed |= bool(hand_over(model[n], inputs[n], [raw[s] for s in sites], matters(sites)))
+            model[n].V.masked_fill_(~model[n].U.any(1), 0.0)  # revived, but nobody handed over
         emptied = {n: int((is_empty(model[n]) & ~before[n]).sum()) for n in groups}
     if handed or any(emptied.values()):
         fit_ci_fns(parts, inputs, raw)
