@@ -426,12 +426,13 @@ def revive(
     parallel = (on.T @ on).abs() > cosine * (squares * squares.T).sqrt()
     often = (both >= least) & (both * len(h) > lift * count[:, None] * count)
     pairs = (both * (parallel & often)).triu(1)
-    fit = torch.linalg.pinv(rows.double().cpu(), rtol=1e-3).to(rows)  # [d_in, n]
+    gram = (rows.T @ rows).cpu().double()
+    gram += 1e-6 * gram.trace() * torch.eye(len(gram))
     for one, other in (divmod(i, len(both)) for i in pairs.flatten().argsort(descending=True)[: int((pairs > 0).sum())].tolist()):
         s = m[:, one] * m[:, other] * (1 - m[:, revived].amax(1) if revived else 1)
         if not free or s.sum() < least:
             continue
-        v = fit @ (s * h[:, one])
+        v = torch.linalg.solve(gram, (rows.T @ (s * h[:, one])).cpu().double()).to(rows)
         along, either = (rows @ v)[:, None], torch.maximum(m, s[:, None])
         alike = (h * along * either).sum(0).abs() / ((h.square() * either).sum(0) * (along.square() * either).sum(0)).sqrt()
         if (alike[count > 0] > home).any():
