@@ -390,7 +390,8 @@ def hand_over(
         squares, products = on.square().sum(0)[:, None].clamp(min=1e-30), on.T @ h  # [j, 1], [j, k] where j matters
         alike = products.abs() / (squares * (m.T @ h.square())).sqrt().clamp(min=1e-30)
         alike[(on.square().T @ m <= most * squares) | (alike <= cosine)] = 0.0
-        for k, j in [(j, j) for j in range(len(alike))] + pairs:
+        alike.fill_diagonal_(0.0)
+        for k, j in pairs:  # once is enough
             alike[j, k] = 0.0
         if not alike.any():
             return pairs
