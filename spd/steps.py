@@ -457,15 +457,15 @@ def prune(
     model, lower = parts.model, parts.ci_fns.sigmoid.lower
     groups = {n: [n, *(t for t, (source, _) in model.ties.items() if source == n)] for n in model.sites if n not in model.ties}
 
-    def matters(sites: Sequence[str]) -> Tensor:  # [B, ..., C] bool, important here and alive
-        important = torch.stack([lower(raw[s]) for s in sites]).amax(0)
-        return (important > threshold) & alive(important, threshold)
+    def matters(n: str) -> Tensor:  # [B, ..., C] bool, important here, alive and not empty
+        important = torch.stack([lower(raw[s]) for s in groups[n]]).amax(0)
+        return (important > threshold) & alive(important, threshold) & ~is_empty(model[n])
 
     with torch.no_grad():
         inputs, before, handed = model.clean(x)[1], {n: is_empty(model[n]) for n in groups}, False
         raw = {n: r.clone() for n, r in parts.ci_fns.raw(model, inputs).items()}
         for n, sites in groups.items():
-            for kept, others in merge_duplicates(model[n], inputs[n], matters(sites)).items():
+            for kept, others in merge_duplicates(model[n], inputs[n], matters(n)).items():
                 for s in sites:
                     raw[s][..., kept] = raw[s][..., [kept, *others]].amax(-1)
         effects = ablation_effects(model, x, kind, weight)
@@ -474,12 +474,12 @@ def prune(
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
             y = (lower(raw[n]) * active * model[n].inner(inputs[n])).flatten(0, -2)
             empty_weak(model[n], [effects[s] for s in sites], y, below * effect[active].median())
+            if not is_index(inputs[n]):
+                revive(model[n], inputs[n], [raw[s] for s in sites], matters(n))
+            handed |= bool(hand_over(model[n], inputs[n], [raw[s] for s in sites], matters(n)))
+            model[n].V.masked_fill_(~model[n].U.any(1), 0.0)  # revived, but nobody handed over
             for s in sites:
                 raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])
-            if not is_index(inputs[n]):
-                revive(model[n], inputs[n], [raw[s] for s in sites], matters(sites))
-            handed |= bool(hand_over(model[n], inputs[n], [raw[s] for s in sites], matters(sites)))
-            model[n].V.masked_fill_(~model[n].U.any(1), 0.0)  # revived, but nobody handed over
         emptied = {n: int((is_empty(model[n]) & ~before[n]).sum()) for n in groups}
     if handed or any(emptied.values()):
         fit_ci_fns(parts, inputs, raw)
