@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
-           'warm_up', 'spread_out', 'init_from_data', 'merge_duplicates', 'fit_ci_fns', 'is_empty', 'own_shares',
-           'empty_weak', 'hand_over', 'revive', 'prune', 'grad_norm', 'clip', 'make_optimizers', 'stream_key',
+           'warm_up', 'spread_out', 'init_from_data', 'grad_norm', 'clip', 'make_optimizers', 'stream_key',
            'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
@@ -14,7 +13,7 @@ import atexit
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .components import ComponentModel, LinearComponents, Product, form, formed_once, insert_identities, is_index
+from .components import ComponentModel, form, formed_once, insert_identities, is_index
 from .config import DecomposeConfig, make_generator
 from .importance import CIFunctions
 from spd.losses import (
@@ -40,7 +39,7 @@ from spd.losses import (
     zero_is_silent,
 )
 from .masks import Noise
-from .metrics import ablation_effects, alive
+from .pruning import is_empty, prune
 
 # %% ../nbs/08e_steps.ipynb #55311d4a
 def ranks() -> tuple[int, int]:  # rank, number of ranks
@@ -276,215 +275,6 @@ def init_from_data(
         total = comps.weight()
         comps.U.mul_((W * total).sum() / total.square().sum())
 
-# %% ../nbs/08e_steps.ipynb #8b34f6fa
-@torch.no_grad()
-def merge_duplicates(
-    components: LinearComponents,
-    x: Tensor | Product,  # [B, ..., d_in] inputs of the site
-    matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
-    cosine: float = 0.8,  # components count as one from this cosine of their inner activations on
-) -> dict[int, list[int]]:  # component -> those it has taken in, which are now empty
-    "Add components whose inner activations are parallel to the one that contributes most: h_1 u_1 + h_2 u_2 = h_1 (u_1 + a u_2)."
-    V, U, h, found = components.V, components.U, components.inner(x).flatten(0, -2), {}  # h [n, C]
-    m = matters.flatten(0, -2).to(h)
-    on, off = h * m, h * (1 - m)
-    products, squares = on.T @ h + off.T @ on, on.square().sum(0)[:, None] + off.square().T @ m  # [c, k] where c or k matters
-    takes, left, alike = on.any(0), h.any(0), products.abs() / (squares.sqrt() * squares.T.sqrt()).clamp(min=1e-30)
-    for c in (on.norm(dim=0) * U.norm(dim=1)).argsort(descending=True).tolist():
-        if not (left[c] and takes[c]):
-            continue
-        same = left & (alike[c] > cosine)
-        left &= ~same
-        same[c] = False
-        if same.any():
-            U[c] += products[c, same] / squares[c, same] @ U[same]
-            V[:, same], U[same] = 0.0, 0.0
-            found[c] = same.nonzero()[:, 0].tolist()
-    return found
-
-# %% ../nbs/08e_steps.ipynb #ded97693
-def fit_ci_fns(
-    parts: Decomposition,
-    inputs: Mapping[str, Tensor | Product],  # site -> its inputs [B, ..., d_in]
-    raw: Mapping[str, Tensor],  # site -> [B, ..., C] what they shall say, before the sigmoid
-    steps: int = 100,
-    lr: float = 1e-2,
-) -> None:
-    "Fit the causal-importance functions to given values (least squares); above 1 and below 0 any value there will do."
-    ci_fns = copy.deepcopy(parts.ci_fns)  # a copy, as the gradients of runs side by side are views
-    params, wanted = list(ci_fns.parameters()), {n: r.clamp(0, 1) for n, r in raw.items()}
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-    for _ in range(steps):
-        errors = []
-        for n, said in ci_fns.raw(parts.model, inputs).items():
-            right = ((said >= 1) & (raw[n] >= 1)) | ((said <= 0) & (raw[n] <= 0))
-            errors.append(torch.where(right, 0.0, said - wanted[n]).square().mean())
-        for p, grad in zip(params, torch.autograd.grad(torch.stack(errors).sum(), params), strict=True):
-            p.grad = grad
-        optimizer.step()
-    with torch.no_grad():
-        for own, fitted in zip(parts.ci_fns.parameters(), params, strict=True):
-            own.copy_(fitted)
-
-
-def is_empty(components: LinearComponents) -> Tensor:  # [C] bool
-    "Which components are zero."
-    return ~(components.V.any(0) | components.U.any(1))
-
-# %% ../nbs/08e_steps.ipynb #1897e65b
-def own_shares(
-    G: Tensor,  # [C, C] products of the contributions, y^T y
-    ridge: float = 0.01,  # lambda, as a share of the median of |y|^2 of those that contribute
-) -> tuple[Tensor, Tensor]:  # [C] shares, [C, C] coefficients of the others, row by row
-    "Share of each component's contribution that the others cannot give (1 if it has none), and how they best give the rest."
-    squares = G.diagonal()
-    gives = squares > 0
-    if not gives.any():
-        return torch.ones_like(squares), torch.zeros_like(G)
-    penalty = ridge * squares[gives].median()
-    inverse = torch.linalg.inv(G + penalty * torch.eye(len(G), dtype=G.dtype))
-    left = 1 / inverse.diagonal()
-    share = torch.where(gives, (left - penalty) / squares.clamp(min=1e-300), 1.0)
-    return share, (-inverse * left[:, None]).fill_diagonal_(0)
-
-
-@torch.no_grad()
-def empty_weak(
-    components: LinearComponents,
-    effects: Sequence[Tensor],  # [C] at the site, and at every site tied to it
-    y: Tensor,  # [n, C] contributions g h at the site
-    least: Tensor,  # scalar, the effect that a component must have
-) -> None:
-    "Empty components one by one, the weakest first, while its effect times the squared share that is its own is below `least`."
-    V, U, size = components.V, components.U, components.U.norm(dim=1).clamp(min=1e-30)
-    y = y * size
-    G = (y.T @ y).cpu().double()  # MPS has no double precision
-    while True:
-        share, others = own_shares(G)
-        a = others.to(U) * size / size[:, None]
-        elsewhere = (V - V @ a.T).square().sum(0) / V.square().sum(0).clamp(min=1e-30)
-        own = torch.stack([effects[0] * share.to(U) ** 2, *(effect * elsewhere**2 for effect in effects[1:])]).amax(0)
-        own = own * (U.norm(dim=1) / size).square()  # what has taken over does more than it did
-        empty = is_empty(components)
-        c = int(own.masked_fill(empty, math.inf).argmin())
-        if empty[c] or not own[c] < least:  # `least` is nan if nothing is alive
-            return
-        U += torch.outer(a[c], U[c])
-        V[:, c], U[c], G[c], G[:, c] = 0.0, 0.0, 0.0, 0.0
-
-# %% ../nbs/08e_steps.ipynb #1dbbd9d5
-@torch.no_grad()
-def hand_over(
-    components: LinearComponents,
-    x: Tensor | Product,  # [B, ..., d_in] inputs of the site
-    raw: Sequence[Tensor],  # [B, ..., C] importances before the sigmoid, at the site and at every site tied to it; changed
-    matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
-    most: float = 0.8,  # k matters where j does if it has more than this share of j's squared inner activations
-    cosine: float = 0.9,  # from this cosine of the inner activations on, where j matters, j can do what k does there
-) -> list[tuple[int, int]]:  # (k, j): which has handed over to which
-    "Let a component do alone what another one does in parallel wherever it matters."
-    V, U, h, pairs = components.V, components.U, components.inner(x).flatten(0, -2), []  # h [n, C]
-    raw, m = [r.flatten(0, -2) for r in raw], matters.flatten(0, -2).to(h)
-    while True:
-        on = h * m
-        squares, products = on.square().sum(0)[:, None].clamp(min=1e-30), on.T @ h  # [j, 1], [j, k] where j matters
-        alike = products.abs() / (squares * (m.T @ h.square())).sqrt().clamp(min=1e-30)
-        alike[(on.square().T @ m <= most * squares) | (alike <= cosine)] = 0.0
-        alike.fill_diagonal_(0.0)
-        for k, j in pairs:  # once is enough
-            alike[j, k] = 0.0
-        if not alike.any():
-            return pairs
-        j, k = divmod(int(alike.argmax()), len(alike))
-        a = products[j, k] / squares[j]
-        U[j] += a * U[k]
-        V[:, k] -= a * V[:, j]
-        rest, here = h[:, k] - a * h[:, j], m[:, j] > 0
-        less = rest.abs() < 0.5 * h[:, k].abs()
-        for r in raw:
-            r[here, j] = torch.maximum(r[here, j], r[here, k])
-            r[less, k] = r[less, k].clamp(max=0)
-        h[:, k], m[less, k] = rest, 0.0
-        pairs.append((k, j))
-
-# %% ../nbs/08e_steps.ipynb #b390e400
-@torch.no_grad()
-def revive(
-    components: LinearComponents,
-    x: Tensor | Product,  # [B, ..., d_in] inputs of the site
-    raw: Sequence[Tensor],  # [B, ..., C] importances before the sigmoid, at the site and at every site tied to it; changed
-    matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
-    lift: float = 5.0,  # how many times as often as by chance a pair must matter together
-    least: int = 8,  # on so many inputs
-    cosine: float = 0.9,  # from this cosine of the inner activations on, they are parallel
-    home: float = 0.5,  # a component that is parallel to the new one from this cosine on, where either matters, is at home
-) -> list[int]:  # the components, with u = 0
-    "Give mechanisms that only components of others serve an empty component to read them."
-    h, m, rows = components.inner(x).flatten(0, -2), matters.flatten(0, -2).to(components.V), form(x).flatten(0, -2)
-    raw, free, revived = [r.flatten(0, -2) for r in raw], is_empty(components).nonzero()[:, 0].tolist(), []
-    on, count, both = h * m, m.sum(0), m.T @ m
-    squares = on.square().T @ m  # [k, l] where l matters, too
-    parallel = (on.T @ on).abs() > cosine * (squares * squares.T).sqrt()
-    often = (both >= least) & (both * len(h) > lift * count[:, None] * count)
-    pairs = (both * (parallel & often)).triu(1)
-    gram = (rows.T @ rows).cpu().double()
-    gram += 1e-6 * gram.trace() * torch.eye(len(gram))
-    for one, other in (divmod(i, len(both)) for i in pairs.flatten().argsort(descending=True)[: int((pairs > 0).sum())].tolist()):
-        s = m[:, one] * m[:, other] * (1 - m[:, revived].amax(1) if revived else 1)
-        if not free or s.sum() < least:
-            continue
-        v = torch.linalg.solve(gram, (rows.T @ (s * h[:, one])).cpu().double()).to(rows)
-        along, either = (rows @ v)[:, None], torch.maximum(m, s[:, None])
-        alike = (h * along * either).sum(0).abs() / ((h.square() * either).sum(0) * (along.square() * either).sum(0)).sqrt()
-        if (alike[count > 0] > home).any():
-            continue
-        revived.append(j := free.pop(0))
-        components.V[:, j], m[:, j] = v, s
-        for r in raw:
-            r[:, j] = s
-    return revived
-
-# %% ../nbs/08e_steps.ipynb #1602f42c
-def prune(
-    parts: Decomposition,
-    x: Tensor,  # [B, ...] inputs to measure effects on
-    kind: str = "mse",  # output divergence
-    weight: Tensor | None = None,  # [B] weight of each input
-    threshold: float = 0.1,  # causal importance above which a component is active
-    below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
-) -> dict[str, int]:  # site (without tied ones) -> components emptied
-    "Merge duplicates, empty weak components and part mechanisms that share one; tied sites share their fate."
-    model, lower = parts.model, parts.ci_fns.sigmoid.lower
-    groups = {n: [n, *(t for t, (source, _) in model.ties.items() if source == n)] for n in model.sites if n not in model.ties}
-
-    def matters(n: str) -> Tensor:  # [B, ..., C] bool, important here, alive and not empty
-        important = torch.stack([lower(raw[s]) for s in groups[n]]).amax(0)
-        return (important > threshold) & alive(important, threshold) & ~is_empty(model[n])
-
-    with torch.no_grad():
-        inputs, before, handed = model.clean(x)[1], {n: is_empty(model[n]) for n in groups}, False
-        raw = {n: r.clone() for n, r in parts.ci_fns.raw(model, inputs).items()}
-        for n, sites in groups.items():
-            for kept, others in merge_duplicates(model[n], inputs[n], matters(n)).items():
-                for s in sites:
-                    raw[s][..., kept] = raw[s][..., [kept, *others]].amax(-1)
-        effects = ablation_effects(model, x, kind, weight)
-        for n, sites in groups.items():
-            effect = torch.stack([effects[s] for s in sites]).amax(0)
-            active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
-            y = (lower(raw[n]) * active * model[n].inner(inputs[n])).flatten(0, -2)
-            empty_weak(model[n], [effects[s] for s in sites], y, below * effect[active].median())
-            if not is_index(inputs[n]):
-                revive(model[n], inputs[n], [raw[s] for s in sites], matters(n))
-            handed |= bool(hand_over(model[n], inputs[n], [raw[s] for s in sites], matters(n)))
-            model[n].V.masked_fill_(~model[n].U.any(1), 0.0)  # revived, but nobody handed over
-            for s in sites:
-                raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])
-        emptied = {n: int((is_empty(model[n]) & ~before[n]).sum()) for n in groups}
-    if handed or any(emptied.values()):
-        fit_ci_fns(parts, inputs, raw)
-    return emptied
-
 # %% ../nbs/08e_steps.ipynb #59b2ace2
 def grad_norm(params: list[nn.Parameter]) -> Tensor:
     "Total L2 norm of the gradients."
@@ -542,7 +332,8 @@ class TrainState:
         c = self.config
         x = data(c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
         x, weight = (x, None) if kind.rows is None else merge_zeros(x)
-        emptied = from_first(lambda: prune(self.parts, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below))
+        how = self.parts.model, self.parts.ci_fns, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below
+        emptied = from_first(lambda: prune(*how))
         copy_from_first(list(self.parts.parameters()))
         self.keep_empty(moments=True)
         return emptied
