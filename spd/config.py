@@ -370,6 +370,12 @@ class DecomposeConfig(Config):
             raise ValueError(f"every module pattern needs at least one component, got {bad}")
         return self
 
+    @model_validator(mode="after")
+    def _zero_to_one(self):
+        if self.prune_at and self.ci_fn.sigmoid == "normal":
+            raise ValueError("prune_at needs a ci_fn.sigmoid that is 0 for 0 and 1 for 1, so any but 'normal'")
+        return self
+
 # %% ../nbs/00_config.ipynb #bcfc6574
 class Halving(Config):
     "Successive halving of runs side by side."

@@ -209,6 +209,7 @@ class Recorder:
 
     def prune(self, kind: InputKind) -> None:
         "Empty the components that are not needed, and say how many."
+        self.check_finite()
         self.folder.note("before step %d, components emptied: %s", self.state.step, self.state.prune(self.data, kind))
 
     def save(self, keep: int | None) -> None:

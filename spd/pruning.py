@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .components import ComponentModel, LinearComponents, Product, form, is_index
@@ -24,6 +25,7 @@ def merge_duplicates(
     x: Tensor | Product,  # [B, ..., d_in] inputs of the site
     matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
     cosine: float = 0.8,  # components count as one from this cosine of their inner activations on
+    tied: bool = False,  # whether another site writes what this one reads
 ) -> dict[int, list[int]]:  # component -> those it has taken in, which are now empty
     "Add components whose inner activations are parallel to the one that contributes most: h_1 u_1 + h_2 u_2 = h_1 (u_1 + a u_2)."
     V, U, h, found = components.V, components.U, components.inner(x).flatten(0, -2), {}  # h [n, C]
@@ -31,6 +33,9 @@ def merge_duplicates(
     on, off = h * m, h * (1 - m)
     products, squares = on.T @ h + off.T @ on, on.square().sum(0)[:, None] + off.square().T @ m  # [c, k] where c or k matters
     takes, left, alike = on.any(0), h.any(0), products.abs() / (squares.sqrt() * squares.T.sqrt()).clamp(min=1e-30)
+    if tied:
+        unit = F.normalize(V, dim=0)
+        alike = torch.minimum(alike, (unit.T @ unit).abs())
     for c in (on.norm(dim=0) * U.norm(dim=1)).argsort(descending=True).tolist():
         if not (left[c] and takes[c]):
             continue
@@ -52,7 +57,7 @@ def fit_ci_fns(
     steps: int = 100,
     lr: float = 1e-2,
 ) -> None:
-    "Fit the causal-importance functions to given values (least squares); above 1 and below 0 any value there will do."
+    "Fit the causal-importance functions to given values (least squares); above 1 and below 0 sigmoids are flat, so any will do."
     trial = copy.deepcopy(ci_fns)  # a copy, as the gradients of runs side by side are views
     params, wanted = list(trial.parameters()), {n: r.clamp(0, 1) for n, r in raw.items()}
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
@@ -70,7 +75,7 @@ def fit_ci_fns(
 
 
 def is_empty(components: LinearComponents) -> Tensor:  # [C] bool
-    "Which components are zero."
+    "Which components have both v = 0 and u = 0."
     return ~(components.V.any(0) | components.U.any(1))
 
 # %% ../nbs/06c_pruning.ipynb #6e98ec96
@@ -121,7 +126,7 @@ def hand_over(
     x: Tensor | Product,  # [B, ..., d_in] inputs of the site
     raw: Sequence[Tensor],  # [B, ..., C] importances before the sigmoid, at the site and at every site tied to it; changed
     matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
-    most: float = 0.8,  # k matters where j does if it has more than this share of j's squared inner activations
+    covers: float = 0.8,  # k must matter on inputs with more than this share of j's squared inner activations
     cosine: float = 0.9,  # from this cosine of the inner activations on, where j matters, j can do what k does there
 ) -> list[tuple[int, int]]:  # (k, j): which has handed over to which
     "Let a component do alone what another one does in parallel wherever it matters."
@@ -131,7 +136,7 @@ def hand_over(
         on = h * m
         squares, products = on.square().sum(0)[:, None].clamp(min=1e-30), on.T @ h  # [j, 1], [j, k] where j matters
         alike = products.abs() / (squares * (m.T @ h.square())).sqrt().clamp(min=1e-30)
-        alike[(on.square().T @ m <= most * squares) | (alike <= cosine)] = 0.0
+        alike[~((on.square().T @ m > covers * squares) & (alike > cosine))] = 0.0
         alike.fill_diagonal_(0.0)
         for k, j in pairs:  # once is enough
             alike[j, k] = 0.0
@@ -141,11 +146,13 @@ def hand_over(
         a = products[j, k] / squares[j]
         U[j] += a * U[k]
         V[:, k] -= a * V[:, j]
-        rest, here = h[:, k] - a * h[:, j], m[:, j] > 0
+        rest = h[:, k] - a * h[:, j]
         less = rest.abs() < 0.5 * h[:, k].abs()
+        here = (m[:, j] > 0) | less & (m[:, k] > 0)
         for r in raw:
             r[here, j] = torch.maximum(r[here, j], r[here, k])
             r[less, k] = r[less, k].clamp(max=0)
+        m[here, j] = torch.maximum(m[here, j], m[here, k])
         h[:, k], m[less, k] = rest, 0.0
         pairs.append((k, j))
 
@@ -156,7 +163,8 @@ def revive(
     x: Tensor | Product,  # [B, ..., d_in] inputs of the site
     raw: Sequence[Tensor],  # [B, ..., C] importances before the sigmoid, at the site and at every site tied to it; changed
     matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
-    lift: float = 5.0,  # how many times as often as by chance a pair must matter together
+    drawn: float | None = None,  # how many inputs these stand for, if some that are all zero were left out
+    lift: float = 8.0,  # how many times as often as by chance a pair must matter together
     least: int = 8,  # on so many inputs
     cosine: float = 0.9,  # from this cosine of the inner activations on, they are parallel
     home: float = 0.5,  # a component that is parallel to the new one from this cosine on, where either matters, is at home
@@ -167,7 +175,7 @@ def revive(
     on, count, both = h * m, m.sum(0), m.T @ m
     squares = on.square().T @ m  # [k, l] where l matters, too
     parallel = (on.T @ on).abs() > cosine * (squares * squares.T).sqrt()
-    often = (both >= least) & (both * len(h) > lift * count[:, None] * count)
+    often = (both >= least) & (both * (drawn or len(h)) > lift * count[:, None] * count)
     pairs = (both * (parallel & often)).triu(1)
     gram = (rows.T @ rows).cpu().double()
     gram += 1e-6 * gram.trace() * torch.eye(len(gram))
@@ -195,7 +203,7 @@ def prune(
     weight: Tensor | None = None,  # [B] weight of each input
     threshold: float = 0.1,  # causal importance above which a component is active
     below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
-) -> dict[str, int]:  # site (without tied ones) -> components emptied
+) -> dict[str, int]:  # site (tied ones count with their source) -> how many more components are empty
     "Merge duplicates, empty weak components and part mechanisms that share one; tied sites share their fate."
     lower = ci_fns.sigmoid.lower
     groups = {n: [n, *(t for t, (source, _) in model.ties.items() if source == n)] for n in model.sites if n not in model.ties}
@@ -205,10 +213,11 @@ def prune(
         return (important > threshold) & alive(important, threshold) & ~is_empty(model[n])
 
     with torch.no_grad():
+        drawn = None if weight is None else weight.sum().item()
         inputs, before, handed = model.clean(x)[1], {n: is_empty(model[n]) for n in groups}, False
         raw = {n: r.clone() for n, r in ci_fns.raw(model, inputs).items()}
         for n, sites in groups.items():
-            for kept, others in merge_duplicates(model[n], inputs[n], matters(n)).items():
+            for kept, others in merge_duplicates(model[n], inputs[n], matters(n), tied=len(sites) > 1).items():
                 for s in sites:
                     raw[s][..., kept] = raw[s][..., [kept, *others]].amax(-1)
         effects = ablation_effects(model, x, kind, weight)
@@ -218,7 +227,7 @@ def prune(
             y = (lower(raw[n]) * active * model[n].inner(inputs[n])).flatten(0, -2)
             empty_weak(model[n], [effects[s] for s in sites], y, below * effect[active].median())
             if not is_index(inputs[n]):
-                revive(model[n], inputs[n], [raw[s] for s in sites], matters(n))
+                revive(model[n], inputs[n], [raw[s] for s in sites], matters(n), drawn)
             handed |= bool(hand_over(model[n], inputs[n], [raw[s] for s in sites], matters(n)))
             model[n].V.masked_fill_(~model[n].U.any(1), 0.0)  # revived, but nobody handed over
             for s in sites:

@@ -314,6 +314,7 @@ class TrainState:
     best: float = math.inf  # smallest miracle distance so far (without targets for it: error with CI masks)
     stale: int = 0  # evaluations since then
     sources: dict[str, dict[str, Source]] = field(default_factory=dict)  # loss -> site -> a lasting adversary's noise
+    empty: dict[str, Tensor] = field(default_factory=dict)  # site -> [C] bool, components that pruning has taken out
 
     @classmethod
     def of(cls, target: nn.Module, config: DecomposeConfig, device: str | torch.device = "cpu") -> "TrainState":
@@ -327,7 +328,7 @@ class TrainState:
             init_from_data(self.parts.model, data, make_generator(self.config.seed, "init/data", self.streams.data.device))
         warm_up(self.parts.model, self.config)
 
-    def prune(self, data: Callable, kind: InputKind) -> dict[str, int]:  # site -> components emptied
+    def prune(self, data: Callable, kind: InputKind) -> dict[str, int]:  # site -> how many more components are empty
         "`prune` on an evaluation batch, with the same outcome on all ranks."
         c = self.config
         x = data(c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
@@ -335,14 +336,20 @@ class TrainState:
         how = self.parts.model, self.parts.ci_fns, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below
         emptied = from_first(lambda: prune(*how))
         copy_from_first(list(self.parts.parameters()))
+        self.find_empty()
         self.keep_empty(moments=True)
         return emptied
 
+    def find_empty(self) -> None:
+        "Look which components are empty."
+        model = self.parts.model
+        self.empty = {n: is_empty(model[n]) for n in model.sites if n not in model.ties}
+
     def keep_empty(self, moments: bool = False) -> None:  # also what the optimisers remember of them
         "Give components that were emptied no gradient, so that they stay out of the run."
-        model, kept = self.parts.model, ("exp_avg", "momentum_buffer") if moments else ()
-        for components in (model[n] for n in model.sites if n not in model.ties):
-            gone = is_empty(components)
+        kept = ("exp_avg", "momentum_buffer") if moments else ()
+        for n, gone in self.empty.items():
+            components = self.parts.model[n]
             for p, where in ((components.V, gone), (components.U, gone[:, None])):
                 means = [o.state[p][k] for o in self.optimizers if p in o.state for k in kept if k in o.state[p]]
                 for t in [*means, *([] if p.grad is None else [p.grad])]:
@@ -383,6 +390,8 @@ class TrainState:
             raise ValueError(f"a checkpoint of {before} processes cannot be resumed by {n}: {way}")
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         self.parts.load_state_dict(part("parts."))
+        if self.config.prune_at:
+            self.find_empty()
         for n, optimizer in enumerate(self.optimizers):
             state: dict[int, dict[str, Tensor]] = {}
             for k, v in part(f"optimizer.{n}.").items():
@@ -536,8 +545,7 @@ class Stack:
     def update(self) -> None:
         "Clip and apply every run's gradients."
         for s in self.states:
-            if s.config.prune_at:
-                s.keep_empty()
+            s.keep_empty()
             clip(s.parts.model.components.parameters(), s.config.grad_clip_components)
             clip(s.parts.ci_fns.parameters(), s.config.grad_clip_ci_fns)
             for optimizer in s.optimizers:
