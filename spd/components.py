@@ -57,7 +57,7 @@ class Product:
 
     def times(self, W: Tensor) -> Tensor:  # [..., d], [d, n] -> [..., n]
         "Re-associated product with a matrix; also `self @ W`, which torch.compile does not understand."
-        return reduce(add, (a @ product_of(M, W) for a, M in self.terms))
+        return reduce(add, (times(a, product_of(M, W)) for a, M in self.terms))
 
     __matmul__ = times
 
@@ -99,8 +99,9 @@ def form(x: "Tensor | Product") -> Tensor:
 
 def times(x: "Tensor | Product", W: Tensor) -> Tensor:  # [..., d], [d, n] -> [..., n]
     "x W."
-    own = getattr(x, "times", None)  # of a Product, or of what else can be multiplied without being formed
-    return x @ W if own is None else own(W)
+    if not isinstance(x, Tensor):
+        return x.times(W)
+    return product_of(x, W) if torch.is_grad_enabled() and not x.requires_grad else x @ W  # data is read again and again
 
 # %% ../nbs/01_components.ipynb #ba3ad1d6
 class WideLinear(nn.Linear):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .components import ComponentModel, Product, module_key, times
 from .config import CIFn
+from .kernels import fits_kernel, leaky_hard, leaky_hard_backward, mlp_backward, mlp_forward
 
 # %% ../nbs/02_importance.ipynb #3df2c845
 ALPHA = 0.01  # slope of the leaks
@@ -75,6 +76,23 @@ class Sigmoid(NamedTuple):
     lower: Callable[[Tensor], Tensor]  # for masks, metrics, pictures
     upper: Callable[[Tensor], Tensor]  # for importance minimality
 
+    def views(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        "Both, in one pass where that is compiled."
+        if self.lower is lower_leaky_hard and self.upper is upper_leaky_hard and fits_kernel(x):
+            return _LeakyHard.apply(x)
+        return self.lower(x), self.upper(x)
+
+
+class _LeakyHard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return leaky_hard(x, ALPHA)
+
+    @staticmethod
+    def backward(ctx, grad_lower, grad_upper):
+        return leaky_hard_backward(grad_lower, grad_upper, ctx.saved_tensors[0], ALPHA)
+
 
 SIGMOIDS = {
     "leaky_hard": Sigmoid(lower_leaky_hard, upper_leaky_hard),
@@ -122,11 +140,13 @@ def _mlp_backward(grad, h, w1, b1, w2):  # gradients of h, w1, b1, w2
 
 
 class _PerComponentMLP(torch.autograd.Function):
-    "`_mlp` in chunks, its hidden activations computed again in the backward."
+    "`_mlp`, compiled or in chunks, its hidden activations computed again in the backward."
 
     @staticmethod
     def forward(ctx, h, *weights):
         ctx.save_for_backward(h, *weights)
+        if fits_kernel(h):
+            return mlp_forward(h, *weights)
         ctx.chunks = _chunks(h, weights[0].shape[1])
         if len(ctx.chunks) == 1:
             return _mlp(h, *weights)
@@ -138,6 +158,8 @@ class _PerComponentMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         h, *weights = ctx.saved_tensors
+        if fits_kernel(h):
+            return tuple(mlp_backward(grad, h, *weights))
         if len(ctx.chunks) == 1:
             return _mlp_backward(grad, h, *weights)
         dh, *sums = (torch.zeros_like(t) for t in (h, *weights))
@@ -435,5 +457,5 @@ class CIFunctions(nn.Module):
     ) -> CI:
         "Causal importances from one clean forward's site inputs."
         raw = {n: r.to(model[n].V.dtype) for n, r in self.raw(model, inputs).items()}  # autocast may have lowered it
-        lower, upper = ({n: view(r) for n, r in raw.items()} for view in self.sigmoid)
-        return CI(raw, lower, upper)
+        views = {n: self.sigmoid.views(r) for n, r in raw.items()}
+        return CI(raw, {n: lower for n, (lower, _) in views.items()}, {n: upper for n, (_, upper) in views.items()})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .components import Mask
 from .config import Routing
+from .kernels import uniform
 
 # %% ../nbs/03_masks.ipynb #28119c5f
 def uniform_k_subset(
@@ -62,16 +63,16 @@ def draw_noise(
 ) -> Noise:
     "Independent noise for every input, site and component; the delta component's is always uniform."
     rows = (1,) * len(shape) if shared else tuple(shape)
-    uniform = lambda C: torch.rand((*rows, C), generator=generator, device=generator.device)
+    each = lambda C: uniform((*rows, C), generator)
     draw = {
-        "continuous": uniform,
-        "binomial": lambda C: uniform(C).round(),
+        "continuous": each,
+        "binomial": lambda C: each(C).round(),
         "zeros": lambda C: torch.zeros((*rows, C), device=generator.device),
         "ones": lambda C: torch.ones((*rows, C), device=generator.device),
     }[kind]
     return Noise(
         {n: draw(C) for n, C in Cs.items()},
-        {n: uniform(1) for n in Cs} if delta else None,
+        {n: each(1) for n in Cs} if delta else None,
         draw_routing(routing, list(Cs), shape, generator) if routing else None,
     )
 

@@ -226,9 +226,10 @@ def prune(
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
             y = (lower(raw[n]) * active * model[n].inner(inputs[n])).flatten(0, -2)
             empty_weak(model[n], [effects[s] for s in sites], y, below * effect[active].median())
+            said = [raw[s] for s in sites]
             if not is_index(inputs[n]):
-                revive(model[n], inputs[n], [raw[s] for s in sites], matters(n), drawn)
-            handed |= bool(hand_over(model[n], inputs[n], [raw[s] for s in sites], matters(n)))
+                revive(model[n], inputs[n], said, matters(n), drawn)
+            handed |= bool(hand_over(model[n], inputs[n], said, matters(n)))
             model[n].V.masked_fill_(~model[n].U.any(1), 0.0)  # revived, but nobody handed over
             for s in sites:
                 raw[s] = torch.where(is_empty(model[n]), raw[s].clamp(max=0), raw[s])

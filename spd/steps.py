@@ -330,12 +330,13 @@ class TrainState:
 
     def prune(self, data: Callable, kind: InputKind) -> dict[str, int]:  # site -> how many more components are empty
         "`prune` on an evaluation batch, with the same outcome on all ranks."
-        c = self.config
+        parts, c = self.parts, self.config
         x = data(c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
         x, weight = (x, None) if kind.rows is None else merge_zeros(x)
-        how = self.parts.model, self.parts.ci_fns, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below
-        emptied = from_first(lambda: prune(*how))
-        copy_from_first(list(self.parts.parameters()))
+        emptied = from_first(
+            lambda: prune(parts.model, parts.ci_fns, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below)
+        )
+        copy_from_first(list(parts.parameters()))
         self.find_empty()
         self.keep_empty(moments=True)
         return emptied
