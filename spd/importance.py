@@ -78,7 +78,8 @@ class Sigmoid(NamedTuple):
 
     def views(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Both, in one pass where that is compiled."
-        if self.lower is lower_leaky_hard and self.upper is upper_leaky_hard and fits_kernel(x):
+        ours = self.lower is lower_leaky_hard and self.upper is upper_leaky_hard
+        if ours and fits_kernel(x) and not torch.compiler.is_compiling():  # a compiler fuses the formulas itself
             return _LeakyHard.apply(x)
         return self.lower(x), self.upper(x)
 
@@ -182,7 +183,7 @@ class PerComponentMLP(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:  # [..., C] -> [..., C]
         lead, (w1, b1, w2) = self.b2.ndim - 1, (self.w1, self.b1, self.w2)
-        if torch.compiler.is_compiling():  # a compiler fuses the formula itself
+        if torch.compiler.is_compiling() and not fits_kernel(h):  # a compiler fuses the formula itself
             w1, b1, w2 = (w.squeeze(-2).unsqueeze(-3) for w in (w1, b1, w2))  # [1, H, C]
             return (F.gelu(h.unsqueeze(-2) * w1 + b1) * w2).sum(-2) + self.b2.unsqueeze(-2)
         flat = h.flatten(lead, -2)

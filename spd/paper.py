@@ -286,6 +286,7 @@ def study(
     at_once: int = 16,  # runs side by side
     smoke: bool = False,  # tiny
     progress: bool = True,  # show what it costs and a progress bar
+    compile: str = "auto",  # torch.compile the steps: "on", "off", or on GPUs
 ) -> list[Path]:  # the folders of all runs
     "Make the runs of an experiment that are not there yet."
     root, notebook = Path(runs_dir or runs_root()), str(find_experiment(which).notebook)
@@ -304,7 +305,7 @@ def study(
             told = {"experiment": which, "preset": preset, "notebook": notebook}
             decompose(
                 target, target.config.data(), begun or [configs[m] for m in group], toy.truth(target), which, root, device, told,
-                resume=old or None, progress=progress,
+                resume=old or None, progress=progress, compile=compile,
             )  # fmt: skip
         wanted += configs
     there = find_members(root)
