@@ -99,9 +99,10 @@ def form(x: "Tensor | Product") -> Tensor:
 
 def times(x: "Tensor | Product", W: Tensor) -> Tensor:  # [..., d], [d, n] -> [..., n]
     "x W."
-    if not isinstance(x, Tensor):
-        return x.times(W)
-    return product_of(x, W) if torch.is_grad_enabled() and not x.requires_grad else x @ W  # data is read again and again
+    if isinstance(x, Tensor) and torch.is_grad_enabled() and not x.requires_grad:
+        return product_of(x, W)  # data is read again and again
+    own = getattr(x, "times", None)  # of a Product, or of what else can be multiplied without being formed
+    return x @ W if own is None else own(W)
 
 # %% ../nbs/01_components.ipynb #ba3ad1d6
 class WideLinear(nn.Linear):
