@@ -7,7 +7,7 @@ __all__ = ['TABLE_1', 'CORRELATIONS', 'UPSTREAM_WRONG', 'BETA3', 'LOOKS', 'Row',
            'Published', 'fingerprint', 'known_settings', 'beta3_fingerprint', 'best_columns', 'evaluated',
            'feature_spread', 'asked', 'outcome', 'listed', 'read_row', 'read_table', 'write_table', 'merged', 'collect',
            'run_folders', 'find_members', 'groups_to_run', 'study', 'wilson', 'Goal', 'of', 'success_table',
-           'plot_success', 'plot_sweep', 'table_1', 'first_run', 'caption', 'sweep_line']
+           'plot_success', 'plot_sweep', 'table_1', 'first_run', 'caption', 'read_tables', 'write_tables', 'sweep_line']
 
 # %% ../nbs/91_paper.ipynb #63e8cc24
 import csv
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import Config, DecomposeConfig, make_generator
@@ -467,6 +468,20 @@ def caption(run: Run) -> str:
     "Which run a figure shows."
     record = run.folder.config()
     return f"target seed {record['target']['config']['seed']}, seed {run.config.seed}: {run.verdict.status}"
+
+# %% ../nbs/91_paper.ipynb #6d8194e9
+def read_tables(path: Path) -> dict[float, dict[str, Tensor]]:  # coefficient -> site -> [n, C]
+    "Causal importances kept by `write_tables`; none if there is no file."
+    tables: dict[float, dict[str, Tensor]] = {}
+    for key, table in (load_file(path) if path.exists() else {}).items():
+        coeff, site = key.split(" ")
+        tables.setdefault(float(coeff), {})[site] = table / 255
+    return tables
+
+
+def write_tables(tables: Mapping[float, Mapping[str, Tensor]], path: Path) -> None:
+    "Keep causal importances, which lie in [0, 1], as whole numbers up to 255."
+    save_file({f"{c:g} {n}": (255 * t).round().to(torch.uint8) for c, sites in tables.items() for n, t in sites.items()}, path)
 
 # %% ../nbs/91_paper.ipynb #c0ed393a
 def sweep_line(
