@@ -273,7 +273,7 @@ def peak_gb(
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 # %% ../nbs/90_benchmarks.ipynb #77499f72
-HEAVY = ("wandb", "transformers", "datasets", "pandas", "matplotlib", "scipy.optimize")
+HEAVY = ("wandb", "transformers", "datasets", "pandas", "matplotlib", "scipy.optimize", "torch._dynamo")
 
 
 def import_seconds(

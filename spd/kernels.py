@@ -195,9 +195,15 @@ def kernels() -> ctypes.CDLL | None:  # None if there is no compiler
 PER_THREAD = 2**17  # values of GELU, at least
 
 
-@torch.compiler.assume_constant_result
+_have: bool | None = None  # once it is known, so that torch.compile finds a constant and not a compiler
+
+
 def have_kernels() -> bool:
-    return kernels() is not None
+    "Whether there are compiled functions at all."
+    global _have
+    if _have is None:
+        _have = kernels() is not None
+    return _have
 
 
 def fits_kernel(x: Tensor) -> bool:
