@@ -165,9 +165,9 @@ def revive(
     matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
     drawn: float | None = None,  # how many inputs these stand for, if some that are all zero were left out
     lift: float = 8.0,  # how many times as often as by chance a pair must matter together
-    least: int = 4,  # on so many inputs
-    cosine: float = 0.8,  # from this cosine of the inner activations on, they are parallel
-    home: float = 0.8,  # a component that is parallel to the new one from this cosine on, where either matters, is at home
+    least: int = 8,  # on so many inputs
+    cosine: float = 0.9,  # from this cosine of the inner activations on, they are parallel
+    home: float = 0.5,  # a component that is parallel to the new one from this cosine on, where either matters, is at home
 ) -> list[int]:  # the components, with u = 0
     "Give mechanisms that only components of others serve an empty component to read them."
     h, m, rows = components.inner(x).flatten(0, -2), matters.flatten(0, -2).to(components.V), form(x).flatten(0, -2)
