@@ -153,8 +153,8 @@ INSTRUCTIONS = {"AVX2": ["-mavx2", "-mfma"], "AVX512": ["-mavx2", "-mfma"]}  # w
 
 
 def kernel_folder() -> Path:
-    "Where compiled kernels are kept."
-    return Path(os.environ.get("SPD_CACHE") or Path.home() / ".cache" / "spd") / "kernels"
+    "Where compiled kernels are kept, whatever the work: they belong to the machine."
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spd" / "kernels"
 
 
 def compile_kernels(
