@@ -78,6 +78,9 @@ class Product:
         a, M = self.terms[0]
         return torch.Size((*a.shape[:-1], M.shape[-1]))
 
+    def __getitem__(self, where) -> "Product":  # an index into [...]
+        return Product(*((a[where], M) for a, M in self.terms))
+
     def dense(self) -> Tensor:  # [..., d]
         "Form the tensor."
         return reduce(add, (a @ M for a, M in self.terms))

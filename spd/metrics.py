@@ -217,14 +217,20 @@ def ablation_effects(
     x: Tensor,  # [B, ...] inputs
     kind: str = "mse",  # output divergence
     weight: Tensor | None = None,  # [B] weight of each input
+    where: Mapping[str, Tensor] | None = None,  # site -> [B, ..., C] bool, the inputs that count for each component; None: all
 ) -> dict[str, Tensor]:  # site -> [C]
-    "Divergence of the output without a component from the output with all of them."
+    "Divergence of the output without a component from the output with all of them, as a mean over all inputs."
     on = {n: Mask(torch.ones_like(model[n].U[:, 0])) for n in model.sites}
+    shares = torch.ones(len(x), device=x.device) if weight is None else weight
+    shares = shares / shares.sum()
     with formed_once():
-        whole, effects = model(x, on), {}
+        whole, effects = model(x, on), {n: torch.zeros_like(mask.a) for n, mask in on.items()}
         for n, mask in on.items():
-            without = (on | {n: Mask(one)} for one in 1 - torch.diag(mask.a))
-            effects[n] = torch.stack([output_divergence(model(x, m), whole, kind, weight) for m in without])
+            for c, one in enumerate(1 - torch.diag(mask.a)):
+                rows = slice(None) if where is None else where[n][..., c].reshape(len(x), -1).any(1)
+                if (share := shares[rows]).any():
+                    lost = output_divergence(model(x[rows], on | {n: Mask(one)}), whole[rows], kind, share)
+                    effects[n][c] = share.sum() * lost
     return effects
 
 # %% ../nbs/05_metrics.ipynb #9c0dce61

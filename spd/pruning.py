@@ -9,6 +9,7 @@ __all__ = ['merge_duplicates', 'fit_ci_fns', 'is_empty', 'own_shares', 'empty_we
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 
 import torch
 import torch.nn.functional as F
@@ -56,16 +57,18 @@ def fit_ci_fns(
     raw: Mapping[str, Tensor],  # site -> [B, ..., C] what they shall say, before the sigmoid
     steps: int = 100,
     lr: float = 1e-2,
+    batch_size: int = 2048,  # inputs per step, by turns
 ) -> None:
     "Fit the causal-importance functions to given values (least squares); above 1 and below 0 sigmoids are flat, so any will do."
     trial = copy.deepcopy(ci_fns)  # a copy, as the gradients of runs side by side are views
-    params, wanted = list(trial.parameters()), {n: r.clamp(0, 1) for n, r in raw.items()}
+    params, n_inputs = list(trial.parameters()), len(next(iter(raw.values())))
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=0.0)
-    for _ in range(steps):
-        errors = []
-        for n, said in trial.raw(model, inputs).items():
-            right = ((said >= 1) & (raw[n] >= 1)) | ((said <= 0) & (raw[n] <= 0))
-            errors.append(torch.where(right, 0.0, said - wanted[n]).square().mean())
+    for start in islice(cycle(range(0, n_inputs, batch_size)), steps):
+        rows, errors = slice(start, start + batch_size), []
+        for n, said in trial.raw(model, {n: x[rows] for n, x in inputs.items()}).items():
+            wanted = raw[n][rows]
+            right = ((said >= 1) & (wanted >= 1)) | ((said <= 0) & (wanted <= 0))
+            errors.append(torch.where(right, 0.0, said - wanted.clamp(0, 1)).square().mean())
         for p, grad in zip(params, torch.autograd.grad(torch.stack(errors).sum(), params), strict=True):
             p.grad = grad
         optimizer.step()
@@ -167,7 +170,7 @@ def revive(
     lift: float = 8.0,  # how many times as often as by chance a pair must matter together
     least: int = 8,  # on so many inputs
     cosine: float = 0.9,  # from this cosine of the inner activations on, they are parallel
-    home: float = 0.5,  # a component that is parallel to the new one from this cosine on, where either matters, is at home
+    home: float = 0.8,  # a component that is parallel to the new one from this cosine on, where either matters, is at home
 ) -> list[int]:  # the components, with u = 0
     "Give mechanisms that only components of others serve an empty component to read them."
     h, m, rows = components.inner(x).flatten(0, -2), matters.flatten(0, -2).to(components.V), form(x).flatten(0, -2)
@@ -220,7 +223,7 @@ def prune(
             for kept, others in merge_duplicates(model[n], inputs[n], matters(n), tied=len(sites) > 1).items():
                 for s in sites:
                     raw[s][..., kept] = raw[s][..., [kept, *others]].amax(-1)
-        effects = ablation_effects(model, x, kind, weight)
+        effects = ablation_effects(model, x, kind, weight, {s: matters(n) for n, sites in groups.items() for s in sites})
         for n, sites in groups.items():
             effect = torch.stack([effects[s] for s in sites]).amax(0)
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .components import ComponentModel, form, formed_once, insert_identities, is_index
-from .config import DecomposeConfig, make_generator
+from .config import DecomposeConfig, ImportanceMinimality, make_generator
 from .importance import CIFunctions
 from spd.losses import (
     Source,
@@ -329,9 +329,9 @@ class TrainState:
         warm_up(self.parts.model, self.config)
 
     def prune(self, data: Callable, kind: InputKind) -> dict[str, int]:  # site -> how many more components are empty
-        "`prune` on an evaluation batch, with the same outcome on all ranks."
+        "`prune` on as many inputs as an evaluation takes, with the same outcome on all ranks."
         parts, c = self.parts, self.config
-        x = data(c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
+        x = data(c.n_eval_batches * c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
         x, weight = (x, None) if kind.rows is None else merge_zeros(x)
         emptied = from_first(
             lambda: prune(parts.model, parts.ci_fns, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below)
@@ -499,11 +499,11 @@ class Stack:
         for p in self.params:
             p.grad = None if len(self.states) == 1 or p.grad is None else p.grad.zero_()
 
-    def shape(self, step: int) -> float | Tensor:
-        "The shape of importance minimality; for a compiler one that changes is a tensor, as a number would be a constant to it."
+    def minimality(self, at: Callable[[ImportanceMinimality, int, int], float], step: int) -> float | Tensor:
+        "Shape or weight of importance minimality; for a compiler a tensor if it changes, as a number would be a constant to it."
         imps, n = [s.config.losses.importance_minimality for s in self.states], self.config.steps
-        value = each_or_one([i.shape_at(step, n) for i in imps], self.device)
-        changes = self.losses is not step_losses and any(i.shape_at(0, n) != i.shape_at(n, n) for i in imps)
+        value = each_or_one([at(i, step, n) for i in imps], self.device)
+        changes = self.losses is not step_losses and any(at(i, 0, n) != at(i, n, n) for i in imps)
         return torch.as_tensor(value, device=self.device) if changes else value
 
     def batch_losses(
@@ -516,10 +516,11 @@ class Stack:
         Cs = self.parts.Cs
         batches = [draw_batch(self.data, s.config, Cs, own, self.kind) for s, own in zip(self.states, streams, strict=True)]
         batch = batches[0] if len(batches) == 1 else stack_trees(batches)
+        shape, weight = (self.minimality(at, step) for at in (ImportanceMinimality.shape_at, ImportanceMinimality.coeff_at))
         with formed_once():
             losses, ci, climbed = self.losses(
-                self.parts.model, self.parts.ci_fns, batch.x, batch.weight, batch.noise, self.config, self.shape(step),
-                batch.tilt, self.coeffs, self.sources,
+                self.parts.model, self.parts.ci_fns, batch.x, batch.weight, batch.noise, self.config, shape,
+                batch.tilt, self.coeffs | {"importance_minimality": weight}, self.sources,
             )  # fmt: skip
         return losses, ci, batch.weight, climbed
 
