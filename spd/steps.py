@@ -39,7 +39,7 @@ from spd.losses import (
     zero_is_silent,
 )
 from .masks import Noise
-from .pruning import is_empty, prune
+from .pruning import is_empty, least_squares, prune
 
 # %% ../nbs/08e_steps.ipynb #55311d4a
 def ranks() -> tuple[int, int]:  # rank, number of ranks
@@ -262,16 +262,16 @@ def init_from_data(
     generator: torch.Generator,
     pool: int = 4096,  # inputs to choose from
 ) -> None:
-    "Start every component as what the target does to one input: v a site's input, u = W v; their sum as large as W."
+    "Start every component as what the target does to one input x: u = W x, v tells x from other inputs; their sum as large as W."
     for name, x in model.clean(data(pool, generator))[1].items():
         comps, W = model[name], model.weights()[name]
         if name in model.ties or is_index(x):
             continue
         x = form(x).flatten(0, -2)
         x = x[x.norm(dim=1) > 0]
-        v = F.normalize(x[spread_out(x, comps.C, generator)], dim=1)
-        comps.V.copy_(v.T)
-        comps.U.copy_(v @ W.T)
+        chosen = spread_out(x, comps.C, generator)
+        comps.V.copy_(F.normalize(least_squares(x)(F.one_hot(chosen, len(x)).T.to(x)), dim=0))
+        comps.U.copy_(F.normalize(x[chosen], dim=1) @ W.T)
         total = comps.weight()
         comps.U.mul_((W * total).sum() / total.square().sum())
 
