@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from spd.config import DecomposeConfig, Losses, SparseFeatures, make_generator
+from spd.config import DecomposeConfig, ImportanceMinimality, Losses, SparseFeatures, make_generator
 from spd.decompose import decompose, load_run
 from spd.experiments.tms import PRESETS, TARGETS, TMS, ground_truth
 from spd.losses import step_losses
@@ -74,8 +74,9 @@ def gradient_error(target, data, config):  # of one step, against one process wi
     stack = Stack([state], data, kind)
     losses, *_ = stack.gradients()
     own = [p.grad for p in trained(state.parts).values()]
+    shape = stack.minimality(ImportanceMinimality.shape_at, 0)
     alone, *_ = step_losses(
-        state.parts.model, state.parts.ci_fns, whole.x, whole.weight, whole.noise, config, stack.shape(0), whole.tilt
+        state.parts.model, state.parts.ci_fns, whole.x, whole.weight, whole.noise, config, shape, whole.tilt
     )
     expected = torch.autograd.grad(alone["total"], trained(state.parts).values())
     assert same_on_all([*own, *losses.values()])
