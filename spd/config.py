@@ -128,7 +128,9 @@ class ImportanceMinimality(Config):
     "Importance minimality: a penalty on the causal importances whose shape is annealed linearly."
 
     coeff: float = Field(ge=0, description="weight of the loss (the paper's beta_3)")
-    rescale: tuple[tuple[Share, PositiveFloat], ...] = Field(default=(), description="from shares of the run on, `coeff` times…")
+    rescale: tuple[tuple[Share, PositiveFloat], ...] = Field(
+        default=(), description="(share of the run, factor): from there on the weight is `coeff` times the factor"
+    )
     penalty: Literal["lp", "smooth_l0"] = Field(default="lp", description="(g + eps)^p, or g^2 / (g^2 + gamma^2)")
     p: float = Field(default=1.0, gt=0, description="initial power of lp")
     eps: float = Field(default=1e-12, ge=0, description="added to the importance so that p < 1 has a finite gradient at 0")
@@ -152,7 +154,7 @@ class ImportanceMinimality(Config):
 
     def coeff_at(self, step: int, steps: int) -> float:
         "The weight at `step` of `steps`."
-        return self.coeff * [1.0, *(factor for share, factor in self.rescale if step >= share * steps)][-1]
+        return self.coeff * [1.0, *(factor for share, factor in self.rescale if step >= round(share * steps))][-1]
 
     def shape_at(self, step: int, steps: int) -> float:
         "The power p (or smooth_l0's width gamma) at `step` of `steps`."
