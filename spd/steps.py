@@ -244,14 +244,16 @@ def spread_out(
     rows: Tensor,  # [n, d], none of them zero
     k: int,  # how many to take
     generator: torch.Generator,
+    parallel: float = 0.95,  # from this cosine on, a row points the same way as another
 ) -> Tensor:  # [k] indices
-    "Random rows, each with a chance of sin^2 of its angle to the nearest one taken before (as k-means++ starts)."
+    "Random rows, each with a chance of how many point its way, times sin^2 of the angle to the nearest one taken (k-means++)."
     unit, taken = F.normalize(rows, dim=1), []
-    chance = torch.ones(len(rows), device=rows.device)
+    common = ((unit @ unit.T).abs() > parallel).sum(1).to(rows)
+    apart = torch.ones_like(common)
     for _ in range(k):
-        weights = chance if chance.max() > 1e-6 else torch.ones_like(chance)  # all directions are taken: any row will do
-        taken.append(int(torch.multinomial(weights, 1, generator=generator)))
-        chance = torch.minimum(chance, 1 - (unit @ unit[taken[-1]]).square().clamp(max=1))
+        chance = apart * common if apart.max() > 1e-6 else torch.ones_like(common)  # all directions are taken: any row will do
+        taken.append(int(torch.multinomial(chance, 1, generator=generator)))
+        apart = torch.minimum(apart, 1 - (unit @ unit[taken[-1]]).square().clamp(max=1))
     return torch.tensor(taken, device=rows.device)
 
 
@@ -260,7 +262,7 @@ def init_from_data(
     model: ComponentModel,
     data: Callable,  # (n, generator) -> [n, ...] inputs
     generator: torch.Generator,
-    pool: int = 4096,  # inputs to choose from
+    pool: int = 4096,  # inputs to draw, and rows (an input has one per position) to choose from
 ) -> None:
     "Start every component as what the target does to one input x: u = W x, v tells x from other inputs; their sum as large as W."
     for name, x in model.clean(data(pool, generator))[1].items():
@@ -268,7 +270,7 @@ def init_from_data(
         if name in model.ties or is_index(x):
             continue
         x = form(x).flatten(0, -2)
-        x = x[x.norm(dim=1) > 0]
+        x = x[x.norm(dim=1) > 0][:pool]
         chosen = spread_out(x, comps.C, generator)
         comps.V.copy_(F.normalize(least_squares(x)(F.one_hot(chosen, len(x)).T.to(x)), dim=0))
         comps.U.copy_(F.normalize(x[chosen], dim=1) @ W.T)

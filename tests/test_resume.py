@@ -168,7 +168,7 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on(tmp_path, sent):
-    told = ["tms_5-2", "-p", "steps", "4000", "-p", "batch_size", "64"]
+    told = ["tms_5-2", "-p", "steps", "1500", "-p", "batch_size", "64"]
     command = [sys.executable, "-c", f"import sys; from spd.spd_run import main; sys.exit(main({told!r}))"]
     env = os.environ | {"IN_TEST": "1", "SPD_RUNS": str(tmp_path), "SPD_CACHE": str(tmp_path / "cache")}
     job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
@@ -183,10 +183,10 @@ def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on
     assert f"spd-run --resume {run.path}" in said
     assert run.status()["state"] == "interrupted" and "SIGINT after step" in run.status()["reason"]
     stopped = load_run(run.path)
-    assert stopped.verdict.status == "INCONCLUSIVE" and 300 <= run.load()[1]["step"] < 4000
+    assert stopped.verdict.status == "INCONCLUSIVE" and 300 <= run.load()[1]["step"] < 1500
     kept = (run.path / "notebook.ipynb").read_text()
-    assert "4000 steps x" in kept and "KeyboardInterrupt" in kept
+    assert "1500 steps x" in kept and "KeyboardInterrupt" in kept
     assert spd_run.main(["--resume", str(run.path)]) == 0
-    assert run.status()["state"] == "finished" and run.rows()[-1]["_step"] == 4000
+    assert run.status()["state"] == "finished" and run.rows()[-1]["_step"] == 1500
     assert (run.path / "notebook-1.ipynb").read_text() == kept
     assert {f.name for f in (run.path / "figures").iterdir()} >= {"causal_importances.png", "history.png"}

@@ -206,7 +206,10 @@ _PAPER = {"init": "projected", "use_delta_component": False}
 _OURS = {
     "faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "batch_size": 512, "steps": 12_000, "prune_at": (0.6, 0.8)
 }  # fmt: skip
-_DEEP = {"prune_at": (0.5, 0.7, 0.85), "init": "data", "lr": {"start": 2e-3, "fn": "cosine"}}
+_DEEP = {
+    "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "prune_at": (0.5, 0.7, 0.85), "init": "data",
+    "lr": {"start": 2e-3, "fn": "cosine"},
+}  # fmt: skip
 _ANNEALED = {"p": 4.0, "final_p": 0.4, "anneal_end": 0.9}
 _STRICT = _ANNEALED | {"rescale": ((0.8, 0.3),)}
 PRESETS: dict[str, dict[int, DecomposeConfig]] = {
@@ -221,7 +224,7 @@ PRESETS: dict[str, dict[int, DecomposeConfig]] = {
         1: _preset(
             200, 100, _ANNEALED | {"coeff": 3e-5, "final_p": 1.0}, lr={"start": 4e-3, "fn": "cosine"}, **_OURS | {"steps": 8_000}
         ),
-        2: _preset(200, 50, _STRICT | {"coeff": 5e-5}, **_OURS | _DEEP),
+        2: _preset(200, 50, _STRICT | {"coeff": 5e-5}, **_OURS | _DEEP | {"steps": 6_000}),
         3: _preset(204, 34, _STRICT | {"coeff": 2.2e-5}, **_OURS | _DEEP),
     },
 }
