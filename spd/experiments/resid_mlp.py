@@ -211,7 +211,7 @@ _DEEP = {
     "lr": {"start": 2e-3, "fn": "cosine"},
 }  # fmt: skip
 _ANNEALED = {"p": 4.0, "final_p": 0.4, "anneal_end": 0.9}
-_STRICT = _ANNEALED | {"rescale": ((0.8, 0.3),)}
+_STRICT = _ANNEALED | {"rescale": ((0.75, 0.2),)}
 PRESETS: dict[str, dict[int, DecomposeConfig]] = {
     "paper": {
         1: _preset(100, 100, {"coeff": 1e-5, "p": 2.0}, lr={"start": 2e-3}, steps=30_000, **_PAPER),
@@ -224,8 +224,8 @@ PRESETS: dict[str, dict[int, DecomposeConfig]] = {
         1: _preset(
             200, 100, _ANNEALED | {"coeff": 3e-5, "final_p": 1.0}, lr={"start": 4e-3, "fn": "cosine"}, **_OURS | {"steps": 8_000}
         ),
-        2: _preset(200, 50, _STRICT | {"coeff": 5e-5}, **_OURS | _DEEP | {"steps": 6_000}),
-        3: _preset(204, 34, _STRICT | {"coeff": 2.2e-5}, **_OURS | _DEEP),
+        2: _preset(200, 50, _STRICT | {"coeff": 5e-5}, **_OURS | _DEEP | {"steps": 7_000}),
+        3: _preset(204, 34, _STRICT | {"coeff": 2.2e-5}, **_OURS | _DEEP | {"prune_below": 0.03}),
     },
 }
 TARGETS = {
