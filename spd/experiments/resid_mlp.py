@@ -207,7 +207,7 @@ _OURS = {
     "faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "batch_size": 512, "steps": 12_000, "prune_at": (0.6, 0.8)
 }  # fmt: skip
 _DEEP = {
-    "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "prune_at": (0.5, 0.7, 0.85), "init": "data",
+    "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "prune_at": (0.5, 0.7, 0.85, 0.95), "init": "data",
     "lr": {"start": 2e-3, "fn": "cosine"},
 }  # fmt: skip
 _ANNEALED = {"p": 4.0, "final_p": 0.4, "anneal_end": 0.9}
