@@ -18,7 +18,7 @@ install-dev: .venv/installed-dev  ## The same with the development tools and the
 	@if test -e .git; then pre-commit install; fi
 
 run: .venv/installed  ## Main job: train a ResidMLP, decompose it, say whether the result is right
-	@echo 'This takes about 15 minutes. To follow it from another terminal: tail -f runs/*/training.log'
+	@echo 'This takes six to ten minutes. To follow it from another terminal: tail -f runs/*/training.log'
 	papermill nbs/10_resid_mlp.ipynb out.ipynb -p n_layers 2
 	@spd-run report out.ipynb
 
