@@ -25,6 +25,8 @@ run: .venv/installed  ## Main job: train a ResidMLP, decompose it, say whether t
 bench: .venv/installed  ## Time steps, memory, compiling, importing and logging on this machine: about ten minutes
 	papermill nbs/90_benchmarks.ipynb out.ipynb
 
+test test-all: export OMP_NUM_THREADS := 1# as many run side by side as there are cores; their threads would wait for each other
+
 test: .venv/installed-dev  ## Notebooks and tests, without the slow ones
 	nbdev_test
 	$(PYTEST) -m "not slow"
