@@ -216,6 +216,7 @@ def prune(
     threshold: float = 0.1,  # causal importance above which a component is active
     below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
     common: float = 10.0,  # what is important for so many times the median's inputs must have it each time
+    new: bool = True,  # whether a mechanism that has no component of its own may get an empty one
 ) -> dict[str, int]:  # site (tied ones count with their source) -> how many more components are empty
     "Merge duplicates, empty weak components and part mechanisms that share one; tied sites share their fate."
     lower = ci_fns.sigmoid.lower
@@ -243,7 +244,7 @@ def prune(
             often[~(often > common)] = 1.0
             empty_weak(model[n], [effects[s] / often for s in sites], y, below * effect[active].median())
             said = [raw[s] for s in sites]
-            if not is_index(inputs[n]):
+            if new and not is_index(inputs[n]):
                 revive(model[n], inputs[n], said, matters(n), drawn)
             handed |= bool(hand_over(model[n], inputs[n], said, matters(n)))
             model[n].V.masked_fill_(~model[n].U.any(1), 0.0)  # revived, but nobody handed over

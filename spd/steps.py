@@ -335,9 +335,8 @@ class TrainState:
         parts, c = self.parts, self.config
         x = data(c.n_eval_batches * c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
         x, weight = (x, None) if kind.rows is None else merge_zeros(x)
-        emptied = from_first(
-            lambda: prune(parts.model, parts.ci_fns, x, c.output_loss, weight, c.ci_alive_threshold, c.prune_below)
-        )
+        told = {"threshold": c.ci_alive_threshold, "below": c.prune_below, "new": c.init != "data"}
+        emptied = from_first(lambda: prune(parts.model, parts.ci_fns, x, c.output_loss, weight, **told))
         copy_from_first(list(parts.parameters()))
         self.find_empty()
         self.keep_empty(moments=True)
