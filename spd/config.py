@@ -240,7 +240,7 @@ class Losses(Config):
         return tuple(n for n, c in self.coefficients().items() if c and n.startswith(("persistent", "merged")))
 
 
-LOSSES = tuple(n for n, field in Losses.model_fields.items() if field.annotation is float)  # but importance minimality
+LOSSES = tuple(n for n, f in Losses.model_fields.items() if f.annotation is float)  # torch.compile cannot look into pydantic
 
 # %% ../nbs/00_config.ipynb #0c351f0f
 CI_FN_FIELDS: dict[str, dict[str, Any]] = {  # kind -> the fields it uses, with their defaults
