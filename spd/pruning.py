@@ -215,7 +215,7 @@ def prune(
     weight: Tensor | None = None,  # [B] weight of each input
     threshold: float = 0.1,  # causal importance above which a component is active
     below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
-    common: float = 10.0,  # what is important for so many times the median's inputs must have it each time
+    common: float = 10.0,  # what has more than so many times the median's total importance serves no mechanism of its own
     new: bool = True,  # whether a mechanism that has no component of its own may get an empty one
 ) -> dict[str, int]:  # site (tied ones count with their source) -> how many more components are empty
     "Merge duplicates, empty weak components and part mechanisms that share one; tied sites share their fate."
@@ -239,10 +239,9 @@ def prune(
             effect = torch.stack([effects[s] for s in sites]).amax(0)
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
             y = (lower(raw[n]) * active * model[n].inner(inputs[n])).flatten(0, -2)
-            uses = matters(n).flatten(0, -2).sum(0).to(y)
-            often = uses / uses[active].median().clamp(min=1)
-            often[~(often > common)] = 1.0
-            empty_weak(model[n], [effects[s] / often for s in sites], y, below * effect[active].median())
+            total = torch.stack([lower(raw[s]) for s in sites]).amax(0).flatten(0, -2).sum(0)
+            everywhere = total > common * total[active].median()
+            empty_weak(model[n], [effects[s].masked_fill(everywhere, 0.0) for s in sites], y, below * effect[active].median())
             said = [raw[s] for s in sites]
             if new and not is_index(inputs[n]):
                 revive(model[n], inputs[n], said, matters(n), drawn)

@@ -211,7 +211,7 @@ _DEEP = {
     "lr": {"start": 2e-3, "fn": "cosine"},
 }  # fmt: skip
 _ANNEALED = {"p": 4.0, "final_p": 0.4, "anneal_end": 0.9}
-_STRICT = _ANNEALED | {"rescale": ((0.65, 0.2),)}
+_STRICT = _ANNEALED | {"rescale": ((0.65, 0.3),)}
 PRESETS: dict[str, dict[int, DecomposeConfig]] = {
     "paper": {
         1: _preset(100, 100, {"coeff": 1e-5, "p": 2.0}, lr={"start": 2e-3}, steps=30_000, **_PAPER),
