@@ -210,8 +210,8 @@ _DEEP = {
     "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "prune_at": (0.5, 0.7, 0.85, 0.95), "init": "data",
     "lr": {"start": 2e-3, "fn": "cosine"},
 }  # fmt: skip
-_ANNEALED = {"p": 4.0, "final_p": 0.4, "anneal_end": 0.9}
-_STRICT = _ANNEALED | {"rescale": ((0.65, 0.3),)}
+_ANNEALED = {"p": 4.0, "anneal_end": 0.9}
+_STRICT = _ANNEALED | {"final_p": 0.2, "rescale": ((0.65, 0.3),)}
 PRESETS: dict[str, dict[int, DecomposeConfig]] = {
     "paper": {
         1: _preset(100, 100, {"coeff": 1e-5, "p": 2.0}, lr={"start": 2e-3}, steps=30_000, **_PAPER),
