@@ -40,7 +40,7 @@ def _tms(which: str, truth: str, default: float, paper: float) -> Experiment:
 def _resid_mlp(n: int, truth: str, default: float, paper: float) -> Experiment:
     minutes: dict[Presets, float] = {"default": default, "paper": paper}
     return Experiment(
-        notebook="10_resid_mlp.ipynb", parameters={"n_layers": n}, truth=truth, passes=n == 1, cpu_minutes=minutes
+        notebook="10_resid_mlp.ipynb", parameters={"n_layers": n}, truth=truth, passes=n < 3, cpu_minutes=minutes
     )
 
 
@@ -50,7 +50,7 @@ EXPERIMENTS = {
     "tms_40-10": _tms("tms_40-10", "40 components in W, one per feature", 2, 120),
     "tms_40-10-id": _tms("tms_40-10-id", "40 components in W, 10 in the identity", 2, 180),
     "resid_mlp1": _resid_mlp(1, "100 components read in, 50 read out", 5, 25),
-    "resid_mlp2": _resid_mlp(2, "100 components read in at each layer, 25 read out", 11, 280),
+    "resid_mlp2": _resid_mlp(2, "100 components read in at each layer, 25 read out", 6, 280),
     "resid_mlp3": _resid_mlp(3, "102 components read in at each layer, 17 read out", 15, 11_000),
     "ss_emb": Experiment(notebook=None, note="it comes with the chapters on language models"),
 }
