@@ -89,7 +89,8 @@ class Product:
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is F.linear and isinstance(args[0], Product):
             return cls._linear(*args, **(kwargs or {}))
-        if own := {Tensor.add: cls.__add__, Tensor.mul: cls.__mul__}.get(func):  # in torch.compile `+` and `*` are these
+        own = {Tensor.add: cls.__add__, Tensor.mul: cls.__mul__}.get(func)  # in torch.compile `+` and `*` are these
+        if own and not kwargs:
             return own(*sorted(args, key=lambda x: not isinstance(x, Product)))
         return func(*tree_map(form, args), **tree_map(form, kwargs or {}))
 
