@@ -386,7 +386,8 @@ def step_function(
     on_gpu = torch.device(device).type == "cuda"
     if compile == "off" or (compile == "auto" and not on_gpu):
         return step_losses
-    return torch.compile(step_losses, mode="reduce-overhead" if on_gpu else None, dynamic=False)
+    how: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"options": {"size_asserts": False}}
+    return torch.compile(step_losses, dynamic=False, **how)
 
 
 def estimate(stack: Stack) -> float:  # seconds per step

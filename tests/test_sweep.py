@@ -143,14 +143,14 @@ def test_a_run_that_falls_behind_is_stopped(tmp_path, env):
 
 
 def test_an_evaluation_says_what_is_not_as_expected(tmp_path, env):
-    done = run(env, "spd_evals", "--experiments", "tms_5-2,resid_mlp3", "--workers", "2", *SMALL)
-    assert done.returncode == 1, done.stderr[-3000:]  # 60 steps are no training, and tms_5-2 is expected to PASS
+    done = run(env, "spd_evals", "--experiments", "tms_5-2,tms_5-2-id", "--workers", "2", *SMALL)
+    assert done.returncode == 1, done.stderr[-3000:]  # 60 steps are no training, and both are expected to PASS
     evals = only(tmp_path / "runs" / "evals")
     with open(evals / "evals.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["experiment"], r["verdict"], r["ok"]) for r in rows] == [
         ("tms_5-2", "FAIL", "NO"),
-        ("resid_mlp3", "FAIL", "-"),
+        ("tms_5-2-id", "FAIL", "NO"),
     ]
     assert (evals / "evals_report.html").stat().st_size > 20_000
     assert read_json(evals / "jobs" / "tms_5-2" / "job_status.json")["state"] == "done"
