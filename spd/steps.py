@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
-           'warm_up', 'spread_out', 'init_from_data', 'grad_norm', 'clip', 'make_optimizers', 'stream_key',
+           'warm_up', 'spread_out', 'init_from_data', 'grad_norm', 'clip', 'make_optimizers', 'set_lr', 'stream_key',
            'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
@@ -292,11 +292,21 @@ def clip(params: Iterable[nn.Parameter], largest: float | None) -> None:
 def make_optimizers(parts: Decomposition, config: DecomposeConfig) -> list[torch.optim.Optimizer]:
     "AdamW over all components and causal-importance functions, or Muon for V and U and AdamW for the rest."
     components, ci_params = list(parts.model.components.parameters()), list(parts.ci_fns.parameters())
-    adamw = lambda params: torch.optim.AdamW(params, lr=config.lr.start, weight_decay=0.0, fused=True)
+    groups = [{"params": components}, {"params": ci_params}]
+    adamw = lambda groups: torch.optim.AdamW(groups, lr=config.lr.start, weight_decay=0.0, fused=True)
     if config.optimizer == "adamw":
-        return [adamw([*components, *ci_params])]
+        return [adamw(groups)]
     muon = torch.optim.Muon(components, lr=config.lr.start, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw(ci_params)]
+    return [muon, adamw(groups[1:])]
+
+
+def set_lr(optimizers: Sequence[torch.optim.Optimizer], config: DecomposeConfig, step: int) -> None:
+    "Give the optimisers this step's learning rate; that of components, their first group, is 0 while they are held."
+    groups = [g for optimizer in optimizers for g in optimizer.param_groups]
+    for group in groups:
+        group["lr"] = config.lr(step, config.steps)
+    if step < round(config.hold_components * config.steps):
+        groups[0]["lr"] = 0.0
 
 
 def stream_key(stream: str, rank: int) -> str:
@@ -551,8 +561,8 @@ class Stack:
             s.keep_empty()
             clip(s.parts.model.components.parameters(), s.config.grad_clip_components)
             clip(s.parts.ci_fns.parameters(), s.config.grad_clip_ci_fns)
+            set_lr(s.optimizers, s.config, s.step)
             for optimizer in s.optimizers:
-                optimizer.param_groups[0]["lr"] = s.config.lr(s.step, s.config.steps)
                 optimizer.step()
             s.step += 1
 
