@@ -363,6 +363,7 @@ class DecomposeConfig(Config):
     init: Literal["gaussian", "projected", "data"] = Field(default="gaussian", description="start of V and U; paper: projected")
     faithfulness_warmup: FaithfulnessWarmup = FaithfulnessWarmup()
     hold_components: float = Field(default=0.0, ge=0, lt=1, description="share of the steps in which V and U stay as they start")
+    lr_components: float = Field(default=1.0, gt=0, description="learning rate of V and U then, as a share of `lr`")
     prune_at: tuple[Share, ...] = Field(default=(), description="shares of the steps after which `prune` is called")
     prune_below: float = Field(default=0.1, gt=0, lt=1, description="effect pruning asks for, as a share of the median")
     grad_clip_components: float | None = Field(default=None, gt=0, description="largest gradient norm of all V and U")

@@ -131,11 +131,12 @@ def second_readers(
     effect: Tensor,  # [C]
     cosine: float = 0.5,  # between the inputs that two components go with
 ) -> Tensor:  # [C] bool
-    "Which components go with the same input, of any sign and size, as one that has a larger effect."
-    h = (components.inner(x) * matters).flatten(0, -2)
-    goes_with = F.normalize(h.T @ form(x).flatten(0, -2), dim=1)  # [C, d_in]
-    parallel = (goes_with @ goes_with.T).abs() > cosine
-    return (parallel & (effect > effect[:, None])).any(1)
+    "Which components go with the same input, of any sign, as one that has a larger effect and is seldom important with them."
+    m = matters.flatten(0, -2).to(components.V)
+    goes_with = F.normalize((components.inner(x).flatten(0, -2) * m).T @ form(x).flatten(0, -2), dim=1)  # [C, d_in]
+    parallel, both = (goes_with @ goes_with.T).abs() > cosine, m.T @ m
+    apart = both < 0.5 * torch.minimum(both.diagonal(), both.diagonal()[:, None])
+    return (parallel & apart & (effect > effect[:, None])).any(1)
 
 # %% ../nbs/06c_pruning.ipynb #2a4d9ba7
 @torch.no_grad()

@@ -301,12 +301,12 @@ def make_optimizers(parts: Decomposition, config: DecomposeConfig) -> list[torch
 
 
 def set_lr(optimizers: Sequence[torch.optim.Optimizer], config: DecomposeConfig, step: int) -> None:
-    "Give the optimisers this step's learning rate; that of components, their first group, is 0 while they are held."
-    groups = [g for optimizer in optimizers for g in optimizer.param_groups]
-    for group in groups:
-        group["lr"] = config.lr(step, config.steps)
-    if step < round(config.hold_components * config.steps):
-        groups[0]["lr"] = 0.0
+    "Give the optimisers this step's learning rate; V and U, the first group, have a share of it, and none while they are held."
+    components, *rest = [g for optimizer in optimizers for g in optimizer.param_groups]
+    lr, held = config.lr(step, config.steps), step < round(config.hold_components * config.steps)
+    components["lr"] = 0.0 if held else lr * config.lr_components
+    for group in rest:
+        group["lr"] = lr
 
 
 def stream_key(stream: str, rank: int) -> str:

@@ -208,7 +208,7 @@ _OURS = {
 }  # fmt: skip
 _DEEP = {
     "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "prune_at": (0.5, 0.7, 0.85, 0.95), "init": "data",
-    "lr": {"start": 2e-3, "fn": "cosine"},
+    "lr": {"start": 2e-3, "fn": "cosine"}, "hold_components": 0.08, "lr_components": 0.25,
 }  # fmt: skip
 _ANNEALED = {"p": 4.0, "anneal_end": 0.9}
 _STRICT = _ANNEALED | {"final_p": 0.2, "rescale": ((0.65, 0.3),)}
