@@ -129,13 +129,14 @@ def second_readers(
     x: Tensor | Product,  # [B, ..., d_in] inputs of the site
     matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
     effect: Tensor,  # [C]
-    cosine: float = 0.5,  # between the inputs that two components go with
+    cosine: float = 0.45,  # between the inputs that two components go with
+    together: float = 0.25,  # on this share of the inputs of the rarer one both may be important
 ) -> Tensor:  # [C] bool
     "Which components go with the same input, of any sign, as one that has a larger effect and is seldom important with them."
     m = matters.flatten(0, -2).to(components.V)
     goes_with = F.normalize((components.inner(x).flatten(0, -2) * m).T @ form(x).flatten(0, -2), dim=1)  # [C, d_in]
     parallel, both = (goes_with @ goes_with.T).abs() > cosine, m.T @ m
-    apart = both < 0.5 * torch.minimum(both.diagonal(), both.diagonal()[:, None])
+    apart = both < together * torch.minimum(both.diagonal(), both.diagonal()[:, None])
     return (parallel & apart & (effect > effect[:, None])).any(1)
 
 # %% ../nbs/06c_pruning.ipynb #2a4d9ba7
