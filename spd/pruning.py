@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['merge_duplicates', 'fit_ci_fns', 'is_empty', 'own_shares', 'empty_weak', 'second_readers', 'hand_over',
-           'least_squares', 'revive', 'prune']
+           'least_squares', 'revive', 'are_common', 'prune']
 
 # %% ../nbs/06c_pruning.ipynb #93b18fb5
 import copy
@@ -129,8 +129,8 @@ def second_readers(
     x: Tensor | Product,  # [B, ..., d_in] inputs of the site
     matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
     effect: Tensor,  # [C]
-    cosine: float = 0.45,  # between the inputs that two components go with
-    together: float = 0.25,  # on this share of the inputs of the rarer one both may be important
+    cosine: float = 0.4,  # between the inputs that two components go with
+    together: float = 0.4,  # on this share of the inputs of the rarer one both may be important
 ) -> Tensor:  # [C] bool
     "Which components go with the same input, of any sign, as one that has a larger effect and is seldom important with them."
     m = matters.flatten(0, -2).to(components.V)
@@ -146,7 +146,7 @@ def hand_over(
     x: Tensor | Product,  # [B, ..., d_in] inputs of the site
     raw: Sequence[Tensor],  # [B, ..., C] importances before the sigmoid, at the site and at every site tied to it; changed
     matters: Tensor,  # [B, ..., C] bool, which components are important for which inputs
-    covers: float = 0.8,  # k must matter on inputs with more than this share of j's squared inner activations
+    covers: float = 0.4,  # k must matter on inputs with more than this share of j's squared inner activations
     cosine: float = 0.9,  # from this cosine of the inner activations on, where j matters, j can do what k does there
 ) -> list[tuple[int, int]]:  # (k, j): which has handed over to which
     "Let a component do alone what another one does in parallel wherever it matters."
@@ -223,6 +223,20 @@ def revive(
     return revived
 
 # %% ../nbs/06c_pruning.ipynb #bf925c34
+def are_common(
+    y: Tensor,  # [n, C] contributions g h |u| at the site
+    total: Tensor,  # [C] sum of importances over the inputs
+    active: Tensor,  # [C] bool, the alive ones
+    far: float = 10.0,  # what has more than so many times the median's total importance serves no mechanism of its own
+    near: float = 2.0,  # what has more than so many times may, if it comes first
+    first: float = 0.4,  # for this share of its squared contribution
+) -> Tensor:  # [C] bool
+    "Which components are important all over the place, and hardly anywhere the first."
+    squares, often = y.square(), total / total[active].median()
+    leads = (squares * (squares == squares.amax(1, keepdim=True))).sum(0) / squares.sum(0).clamp(min=1e-30)
+    return (often > far) | (often > near) & (leads < first)
+
+# %% ../nbs/06c_pruning.ipynb #53ac9c00
 def prune(
     model: ComponentModel,
     ci_fns: CIFunctions,
@@ -231,8 +245,7 @@ def prune(
     weight: Tensor | None = None,  # [B] weight of each input
     threshold: float = 0.1,  # causal importance above which a component is active
     below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
-    second: float = 0.2,  # the same for one that reads what a stronger one reads
-    common: float = 10.0,  # what has more than so many times the median's total importance serves no mechanism of its own
+    second: float = 0.15,  # the same for one that reads what a stronger one reads
     new: bool = True,  # whether a mechanism that has no component of its own may get an empty one
 ) -> dict[str, int]:  # site (tied ones count with their source) -> how many more components are empty
     "Merge duplicates, empty weak components and part mechanisms that share one; tied sites share their fate."
@@ -257,11 +270,11 @@ def prune(
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
             y = (lower(raw[n]) * active * model[n].inner(inputs[n])).flatten(0, -2)
             total = torch.stack([lower(raw[s]) for s in sites]).amax(0).flatten(0, -2).sum(0)
-            everywhere = total > common * total[active].median()
+            common = are_common(y * model[n].U.norm(dim=1), total, active)
             asked = torch.full_like(effect, below)
             if not (tokens := is_index(inputs[n])):
                 asked[second_readers(model[n], inputs[n], matters(n), effect)] = max(below, second)
-            empty_weak(model[n], [effects[s].masked_fill(everywhere, 0.0) for s in sites], y, asked * effect[active].median())
+            empty_weak(model[n], [effects[s].masked_fill(common, 0.0) for s in sites], y, asked * effect[active].median())
             said = [raw[s] for s in sites]
             if new and not tokens:
                 revive(model[n], inputs[n], said, matters(n), drawn)
