@@ -386,7 +386,7 @@ def step_function(
     on_gpu = torch.device(device).type == "cuda"
     if compile == "off" or (compile == "auto" and not on_gpu):
         return step_losses
-    how: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"options": {"size_asserts": False}}
+    how: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"options": {"size_asserts": False}}  # 7 % of a small step
     return torch.compile(step_losses, dynamic=False, **how)
 
 

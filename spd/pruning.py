@@ -124,6 +124,7 @@ def empty_weak(
         V[:, c], U[c], G[c], G[:, c] = 0.0, 0.0, 0.0, 0.0
 
 # %% ../nbs/06c_pruning.ipynb #fe1613b3
+@torch.no_grad()
 def second_readers(
     components: LinearComponents,
     x: Tensor | Product,  # [B, ..., d_in] inputs of the site
@@ -132,12 +133,15 @@ def second_readers(
     cosine: float = 0.4,  # between the inputs that two components go with
     together: float = 0.4,  # on this share of the inputs of the rarer one both may be important
 ) -> Tensor:  # [C] bool
-    "Which components go with the same input, of any sign, as one that has a larger effect and is seldom important with them."
+    "Which components go with the same input, of any sign, as one of more effect that is none of them and seldom on with it."
     m = matters.flatten(0, -2).to(components.V)
     goes_with = F.normalize((components.inner(x).flatten(0, -2) * m).T @ form(x).flatten(0, -2), dim=1)  # [C, d_in]
     parallel, both = (goes_with @ goes_with.T).abs() > cosine, m.T @ m
-    apart = both < together * torch.minimum(both.diagonal(), both.diagonal()[:, None])
-    return (parallel & apart & (effect > effect[:, None])).any(1)
+    alike = parallel & (both < together * torch.minimum(both.diagonal(), both.diagonal()[:, None]))
+    found = torch.zeros_like(effect, dtype=torch.bool)
+    for c in effect.argsort(descending=True).tolist():
+        found[c] = (alike[c] & ~found & (effect > effect[c])).any()
+    return found
 
 # %% ../nbs/06c_pruning.ipynb #2a4d9ba7
 @torch.no_grad()
@@ -224,17 +228,19 @@ def revive(
 
 # %% ../nbs/06c_pruning.ipynb #bf925c34
 def are_common(
-    y: Tensor,  # [n, C] contributions g h |u| at the site
-    total: Tensor,  # [C] sum of importances over the inputs
+    y: Tensor,  # [n, C] contributions g h |u|
+    total: Tensor,  # [C] importances, summed over the inputs
     active: Tensor,  # [C] bool, the alive ones
-    far: float = 10.0,  # what has more than so many times the median's total importance serves no mechanism of its own
-    near: float = 2.0,  # what has more than so many times may, if it comes first
-    first: float = 0.4,  # for this share of its squared contribution
+    far: float = 10.0,  # so many times the median total is too much for any one mechanism
+    near: float = 2.0,  # and so many times for what neither comes first nor stands alone
+    first: float = 0.4,  # share of its squared contribution where no other component contributes more
+    alone: float = 0.88,  # share of its contribution that is its own
 ) -> Tensor:  # [C] bool
-    "Which components are important all over the place, and hardly anywhere the first."
+    "Which components are important far too often, or too often for one that hardly ever comes first and that others can replace."
     squares, often = y.square(), total / total[active].median()
     leads = (squares * (squares == squares.amax(1, keepdim=True))).sum(0) / squares.sum(0).clamp(min=1e-30)
-    return (often > far) | (often > near) & (leads < first)
+    share = own_shares((y.T @ y).cpu().double())[0].to(y)
+    return (often > far) | (often > near) & (leads < first) & (share < alone)
 
 # %% ../nbs/06c_pruning.ipynb #53ac9c00
 def prune(
@@ -270,7 +276,8 @@ def prune(
             active = torch.stack([alive(lower(raw[s]), threshold) for s in sites]).any(0) & (effect > 0)
             y = (lower(raw[n]) * active * model[n].inner(inputs[n])).flatten(0, -2)
             total = torch.stack([lower(raw[s]) for s in sites]).amax(0).flatten(0, -2).sum(0)
-            common = are_common(y * model[n].U.norm(dim=1), total, active)
+            near = {"near": math.inf} if len(sites) > 1 else {}  # what is never first here may be so at a tied site
+            common = are_common(y * model[n].U.norm(dim=1), total, active, **near)
             asked = torch.full_like(effect, below)
             if not (tokens := is_index(inputs[n])):
                 asked[second_readers(model[n], inputs[n], matters(n), effect)] = max(below, second)
