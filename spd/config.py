@@ -366,6 +366,7 @@ class DecomposeConfig(Config):
     lr_components: float = Field(default=1.0, gt=0, description="learning rate of V and U after that, as a share of `lr`")
     prune_at: tuple[Share, ...] = Field(default=(), description="shares of the steps after which `prune` is called")
     prune_below: float = Field(default=0.1, gt=0, lt=1, description="effect pruning asks for, as a share of the median")
+    prune_second: float | None = Field(default=None, gt=0, lt=1, description="that of second readers; None = as of others")
     grad_clip_components: float | None = Field(default=None, gt=0, description="largest gradient norm of all V and U")
     grad_clip_ci_fns: float | None = Field(default=None, gt=0, description="largest gradient norm of the CI functions")
     log_freq: int = Field(default=100, ge=1, description="steps between logged training rows")

@@ -251,7 +251,7 @@ def prune(
     weight: Tensor | None = None,  # [B] weight of each input
     threshold: float = 0.1,  # causal importance above which a component is active
     below: float = 0.1,  # the effect a component must have, as a share of the median of the alive ones
-    second: float = 0.15,  # the same for one that reads what a stronger one reads
+    second: float | None = None,  # the same for one that reads what a stronger one reads; None = no more than others
     new: bool = True,  # whether a mechanism that has no component of its own may get an empty one
 ) -> dict[str, int]:  # site (tied ones count with their source) -> how many more components are empty
     "Merge duplicates, empty weak components and part mechanisms that share one; tied sites share their fate."
@@ -280,7 +280,7 @@ def prune(
             common = are_common(y * model[n].U.norm(dim=1), total, active, **near)
             asked = torch.full_like(effect, below)
             if not (tokens := is_index(inputs[n])):
-                asked[second_readers(model[n], inputs[n], matters(n), effect)] = max(below, second)
+                asked[second_readers(model[n], inputs[n], matters(n), effect)] = max(below, second or 0.0)
             empty_weak(model[n], [effects[s].masked_fill(common, 0.0) for s in sites], y, asked * effect[active].median())
             said = [raw[s] for s in sites]
             if new and not tokens:

@@ -345,7 +345,7 @@ class TrainState:
         parts, c = self.parts, self.config
         x = data(c.n_eval_batches * c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
         x, weight = (x, None) if kind.rows is None else merge_zeros(x)
-        told = {"threshold": c.ci_alive_threshold, "below": c.prune_below, "new": c.init != "data"}
+        told = {"threshold": c.ci_alive_threshold, "below": c.prune_below, "second": c.prune_second, "new": c.init != "data"}
         emptied = from_first(lambda: prune(parts.model, parts.ci_fns, x, c.output_loss, weight, **told))
         copy_from_first(list(parts.parameters()))
         self.find_empty()

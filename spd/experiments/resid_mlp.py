@@ -226,7 +226,7 @@ PRESETS: dict[str, dict[int, DecomposeConfig]] = {
             200, 100, _ANNEALED | {"coeff": 3e-5, "final_p": 1.0}, lr={"start": 4e-3, "fn": "cosine"}, **_OURS | {"steps": 8_000}
         ),
         2: _preset(200, 50, _STRICT | {"coeff": 5e-5}, **_OURS | _DEEP | {"steps": 7_000}),
-        3: _preset(204, 34, _STRICT | {"coeff": 2.2e-5}, **_OURS | _DEEP | _SLOW | {"prune_below": 0.03}),
+        3: _preset(204, 34, _STRICT | {"coeff": 2.2e-5}, **_OURS | _DEEP | _SLOW | {"prune_below": 0.03, "prune_second": 0.15}),
     },
 }
 TARGETS = {
