@@ -386,6 +386,12 @@ class DecomposeConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _more_of_second_readers(self):
+        if self.prune_second is not None and self.prune_second < self.prune_below:
+            raise ValueError(f"prune_second must be at least prune_below = {self.prune_below}, got {self.prune_second}")
+        return self
+
+    @model_validator(mode="after")
     def _zero_to_one(self):
         if self.prune_at and self.ci_fn.sigmoid == "normal":
             raise ValueError("prune_at needs a ci_fn.sigmoid that is 0 for 0 and 1 for 1, so any but 'normal'")

@@ -153,7 +153,7 @@ def hand_over(
     covers: float = 0.4,  # k must matter on inputs with more than this share of j's squared inner activations
     cosine: float = 0.9,  # from this cosine of the inner activations on, where j matters, j can do what k does there
 ) -> list[tuple[int, int]]:  # (k, j): which has handed over to which
-    "Let a component do alone what another one does in parallel wherever it matters."
+    "Let a component do alone what another one, which matters elsewhere too, does in parallel."
     V, U, h, pairs = components.V, components.U, components.inner(x).flatten(0, -2), []  # h [n, C]
     raw, m = [r.flatten(0, -2) for r in raw], matters.flatten(0, -2).to(h)
     while True:
@@ -278,12 +278,12 @@ def prune(
             total = torch.stack([lower(raw[s]) for s in sites]).amax(0).flatten(0, -2).sum(0)
             near = {"near": math.inf} if len(sites) > 1 else {}  # what is never first here may be so at a tied site
             common = are_common(y * model[n].U.norm(dim=1), total, active, **near)
-            asked = torch.full_like(effect, below)
-            if not (tokens := is_index(inputs[n])):
-                asked[second_readers(model[n], inputs[n], matters(n), effect)] = max(below, second or 0.0)
+            asked, vectors = torch.full_like(effect, below), not is_index(inputs[n])
+            if second and vectors:
+                asked[second_readers(model[n], inputs[n], matters(n), effect)] = second
             empty_weak(model[n], [effects[s].masked_fill(common, 0.0) for s in sites], y, asked * effect[active].median())
             said = [raw[s] for s in sites]
-            if new and not tokens:
+            if new and vectors:
                 revive(model[n], inputs[n], said, matters(n), drawn)
             handed |= bool(hand_over(model[n], inputs[n], said, matters(n)))
             model[n].V.masked_fill_(~model[n].U.any(1), 0.0)  # revived, but nobody handed over

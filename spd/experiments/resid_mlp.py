@@ -210,7 +210,7 @@ _DEEP = {
     "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "prune_at": (0.5, 0.7, 0.85, 0.95), "init": "data",
     "lr": {"start": 2e-3, "fn": "cosine"},
 }  # fmt: skip
-_SLOW = {"hold_components": 0.08, "lr_components": 0.25}
+_THREE = {"hold_components": 0.08, "lr_components": 0.25, "prune_below": 0.03, "prune_second": 0.15}
 _ANNEALED = {"p": 4.0, "anneal_end": 0.9}
 _STRICT = _ANNEALED | {"final_p": 0.2, "rescale": ((0.65, 0.3),)}
 PRESETS: dict[str, dict[int, DecomposeConfig]] = {
@@ -226,7 +226,7 @@ PRESETS: dict[str, dict[int, DecomposeConfig]] = {
             200, 100, _ANNEALED | {"coeff": 3e-5, "final_p": 1.0}, lr={"start": 4e-3, "fn": "cosine"}, **_OURS | {"steps": 8_000}
         ),
         2: _preset(200, 50, _STRICT | {"coeff": 5e-5}, **_OURS | _DEEP | {"steps": 7_000}),
-        3: _preset(204, 34, _STRICT | {"coeff": 2.2e-5}, **_OURS | _DEEP | _SLOW | {"prune_below": 0.03, "prune_second": 0.15}),
+        3: _preset(204, 34, _STRICT | {"coeff": 2.2e-5}, **_OURS | _DEEP | _THREE),
     },
 }
 TARGETS = {
