@@ -31,7 +31,7 @@ from .components import ComponentModel, matrix_of, module_key
 from .config import DecomposeConfig
 from .experiments import resid_mlp, tms
 from .importance import CIFunctions
-from .losses import draw_step_noise, step_losses
+from .losses import draw_step_noise, step_gradients
 from .masks import Noise
 from .runs import SavedRun
 from .steps import InputKind, Stack, TrainState
@@ -103,11 +103,11 @@ def make_stack(
     config: DecomposeConfig,
     E: int = 1,  # runs side by side
     device: str = "cpu",
-    losses: Callable = step_losses,  # or a compiled one
+    compute: Callable = step_gradients,  # or a compiled one
 ) -> Stack:
     "Runs before their first step."
     states, data = [TrainState.of(target, config.replace(seed=e), device) for e in range(E)], target.config.data()
-    return Stack(states, data, InputKind.of(states[0].parts.model, data, config.batch_size, E), losses)
+    return Stack(states, data, InputKind.of(states[0].parts.model, data, config.batch_size, E), compute)
 
 
 def one_step(stack: Stack) -> Callable[[], None]:

@@ -6,7 +6,7 @@
 __all__ = ['zero_is_silent', 'rows_to_keep', 'merge_zeros', 'per_run', 'weighted_mean', 'component_means', 'faithfulness',
            'relative_faithfulness', 'importance_minimality', 'output_divergence', 'ascend', 'Source', 'start_sources',
            'adam_ascent', 'climb', 'last_ascent', 'attacked', 'draw_step_noise', 'draw_tilt', 'masks_of', 'recon_under',
-           'hidden_acts_recon', 'recon_losses', 'step_precision', 'step_losses']
+           'hidden_acts_recon', 'recon_losses', 'step_precision', 'step_losses', 'step_gradients']
 
 # %% ../nbs/04_losses.ipynb #073ed1b1
 import math
@@ -194,7 +194,7 @@ def climb(
     sources: Mapping[str, Source],  # site -> source
     error: Callable[[Mapping[str, Source]], Tensor],  # what to make large
     pgd: PersistentPGD,
-) -> dict[str, Source]:  # every r a leaf, in whose `.grad` the main backward leaves the gradient
+) -> dict[str, Source]:  # every r a leaf, for whose gradient the main backward is asked
     "All ascent steps on a batch but the last."
     leaves = lambda found: {n: s._replace(r=s.r.detach().requires_grad_()) for n, s in found.items()}
     sources = leaves(sources)
@@ -205,16 +205,13 @@ def climb(
 
 
 def last_ascent(
-    sources: Mapping[str, Source],  # from `climb`, after the main backward
+    sources: Mapping[str, Source],  # from `climb`
+    grads: Mapping[str, Tensor],  # site -> gradient of r, from the main backward
     scale: float | Tensor,  # what the error was multiplied by before it; a number, or one per run [E]
     pgd: PersistentPGD,
 ) -> dict[str, Source]:
     "The ascent step that the main backward has paid for."
-    found = {}
-    for n, s in sources.items():
-        assert s.r.grad is not None, "the last ascent comes after the backward pass"
-        found[n] = adam_ascent(s, s.r.grad / per_run(scale, s.r), pgd)
-    return found
+    return {n: adam_ascent(s, grads[n] / per_run(scale, s.r), pgd) for n, s in sources.items()}
 
 
 def attacked(
@@ -376,3 +373,30 @@ def step_losses(
     losses |= recon
     losses["total"] = reduce(add, ((coeffs or own)[n] * loss for n, loss in losses.items()))
     return losses, ci.lower, climbed
+
+
+def step_gradients(
+    params: Sequence[Tensor],  # what is trained
+    model: ComponentModel,  # this and all else as for `step_losses`
+    ci_fns: CIFunctions,
+    x: Tensor,
+    weight: Tensor | None,
+    noise: Mapping[str, list[Noise]],
+    config: DecomposeConfig,
+    shape: float | Tensor,
+    tilt: Mapping[str, Tensor] | None = None,
+    coeffs: Mapping[str, float | Tensor] | None = None,
+    sources: Mapping[str, Mapping[str, Source]] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Source]], Sequence[Tensor]]:
+    # losses with their "total"; lower-leaky causal importances; sources after their last ascent; a gradient for each of `params`
+    "`step_losses` and the gradients of their total (of several runs: of the sum of their totals)."
+    losses, ci, climbed = step_losses(model, ci_fns, x, weight, noise, config, shape, tilt, coeffs, sources)
+    free = [s.r for found in climbed.values() for s in found.values()]
+    grads = torch.autograd.grad(losses["total"].sum(), [*params, *free], materialize_grads=True)
+    rest, scales = iter(grads[len(params) :]), coeffs or config.losses.coefficients()
+    ascended = {
+        loss: last_ascent(found, {n: next(rest) for n in found}, scales[loss], config.losses.persistent)
+        for loss, found in climbed.items()
+    }
+    detached = lambda found: {n: t.detach() for n, t in found.items()}
+    return detached(losses), detached(ci), ascended, grads[: len(params)]

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
-           'warm_up', 'spread_out', 'init_from_data', 'grad_norm', 'clip', 'make_optimizers', 'set_lr', 'stream_key',
-           'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
+           'warm_up', 'spread_out', 'init_from_data', 'grad_norm', 'clip', 'make_optimizers', 'learning_rates',
+           'set_lr', 'stream_key', 'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of', 'each_or_one',
+           'stack_trees', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
@@ -15,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -31,11 +33,10 @@ from spd.losses import (
     draw_step_noise,
     draw_tilt,
     faithfulness,
-    last_ascent,
     merge_zeros,
     rows_to_keep,
     start_sources,
-    step_losses,
+    step_gradients,
     zero_is_silent,
 )
 from .masks import Noise
@@ -300,11 +301,16 @@ def make_optimizers(parts: Decomposition, config: DecomposeConfig) -> list[torch
     return [muon, adamw(groups[1:])]
 
 
-def set_lr(optimizers: Sequence[torch.optim.Optimizer], config: DecomposeConfig, step: int) -> None:
-    "Give the optimisers this step's learning rate; V and U, the first group, have a share of it, and none while they are held."
-    components, *rest = [g for optimizer in optimizers for g in optimizer.param_groups]
+def learning_rates(config: DecomposeConfig, step: int) -> tuple[float, float]:
+    "This step's learning rates: of V and U, which have a share of it, and none while they are held, and of all else."
     lr, held = config.lr(step, config.steps), step < round(config.hold_components * config.steps)
-    components["lr"] = 0.0 if held else lr * config.lr_components
+    return 0.0 if held else lr * config.lr_components, lr
+
+
+def set_lr(optimizers: Sequence[torch.optim.Optimizer], config: DecomposeConfig, step: int) -> None:
+    "Give the optimisers this step's learning rates; V and U are in the first group."
+    components, *rest = [g for optimizer in optimizers for g in optimizer.param_groups]
+    components["lr"], lr = learning_rates(config, step)
     for group in rest:
         group["lr"] = lr
 
@@ -487,12 +493,12 @@ class Stack:
         states: Sequence[TrainState],
         data: Callable,  # (n, generator) -> [n, ...] inputs
         kind: InputKind,
-        losses: Callable = step_losses,  # the function itself, or a compiled one
+        compute: Callable = step_gradients,  # the function itself, or a compiled one
     ):
         check_members([s.config for s in states])
         for s in states:
             s.meet(kind)
-        self.data, self.kind, self.losses = data, kind, losses
+        self.data, self.kind, self.compute = data, kind, compute
         self.keep(states)
 
     def keep(self, states: Sequence[TrainState]) -> None:
@@ -505,55 +511,49 @@ class Stack:
         coeffs = [s.config.losses.coefficients() for s in states]
         self.coeffs = {n: each_or_one([c[n] for c in coeffs], device) for n in coeffs[0]}
 
-    def forget(self) -> None:
-        "Clear the gradients; those of several runs stay in memory, as the members' own are views into them."
-        for p in self.params:
-            p.grad = None if len(self.states) == 1 or p.grad is None else p.grad.zero_()
-
     def minimality(self, at: Callable[[ImportanceMinimality, int, int], float], step: int) -> float | Tensor:
         "Shape or weight of importance minimality; for a compiler a tensor if it changes, as a number would be a constant to it."
         imps, n = [s.config.losses.importance_minimality for s in self.states], self.config.steps
         value = each_or_one([at(i, step, n) for i in imps], self.device)
-        changes = self.losses is not step_losses and any(at(i, 0, n) != at(i, n, n) for i in imps)
+        changes = self.compute is not step_gradients and any(at(i, 0, n) != at(i, n, n) for i in imps)
         return torch.as_tensor(value, device=self.device) if changes else value
 
-    def batch_losses(
+    def batch_gradients(
         self,
         streams: Sequence[Streams],  # one per member
         step: int,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None, dict[str, dict[str, Source]]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None, dict[str, dict[str, Source]], Sequence[Tensor]]:
         # with several members, an axis of them in front
-        "Losses of one freshly drawn batch, causal importances, weight of each row, sources that wait for their last ascent."
+        "Losses of one freshly drawn batch, causal importances, weight of each row, lasting adversaries, gradients of `params`."
         Cs = self.parts.Cs
         batches = [draw_batch(self.data, s.config, Cs, own, self.kind) for s, own in zip(self.states, streams, strict=True)]
         batch = batches[0] if len(batches) == 1 else stack_trees(batches)
         shape, weight = (self.minimality(at, step) for at in (ImportanceMinimality.shape_at, ImportanceMinimality.coeff_at))
         with formed_once():
-            losses, ci, climbed = self.losses(
-                self.parts.model, self.parts.ci_fns, batch.x, batch.weight, batch.noise, self.config, shape,
+            losses, ci, sources, grads = self.compute(
+                self.params, self.parts.model, self.parts.ci_fns, batch.x, batch.weight, batch.noise, self.config, shape,
                 batch.tilt, self.coeffs | {"importance_minimality": weight}, self.sources,
             )  # fmt: skip
-        return losses, ci, batch.weight, climbed
-
-    def advance(self, climbed: dict[str, dict[str, Source]]) -> None:
-        "Let the lasting adversaries take the ascent step that the backward has paid for."
-        pgd, n = self.config.losses.persistent, self.config.accumulate
-        self.sources = {loss: last_ascent(s, self.coeffs[loss] / n, pgd) for loss, s in climbed.items()}
-        for e, s in enumerate(self.states):
-            s.sources = self.member(e, self.sources)
+        return losses, ci, batch.weight, sources, grads
 
     def gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
-        "Every run's gradients, a mean over `accumulate` batches; mean losses; importances and weights of the last batch."
-        self.forget()
-        n, mean = self.config.accumulate, {}
-        for _ in range(n):
-            losses, ci, weight, climbed = self.batch_losses([s.streams for s in self.states], self.states[0].step)
-            (losses["total"].sum() / n).backward()
-            if climbed:
-                self.advance(climbed)
-            mean = {k: mean.get(k, 0) + v.detach() / n for k, v in losses.items()}
-        average([*mean.values(), *(p.grad for p in self.params if p.grad is not None)])
-        return mean, ci, weight
+        "Give every run its gradients, a mean over `accumulate` batches; mean losses; importances and weights of the last batch."
+        n, losses, grads = self.config.accumulate, {}, []
+        for i in range(n):
+            found, ci, weight, sources, own = self.batch_gradients([s.streams for s in self.states], self.states[0].step)
+            if sources:
+                self.sources = sources
+                for e, s in enumerate(self.states):
+                    s.sources = self.member(e, sources)
+            if n > 1:  # the sums are others than what a CUDA graph will write to again
+                found, own = tree_map(lambda t: t / n, (found, own))
+            losses, grads = tree_map(add, (losses, grads), (found, own)) if i else (found, own)
+        average([*losses.values(), *grads])
+        for p, grad in zip(self.params, grads, strict=True):
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad.copy_(grad)  # of several runs, the members' own gradients are views into it
+        return losses, ci, weight
 
     def update(self) -> None:
         "Clip and apply every run's gradients."

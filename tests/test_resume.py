@@ -55,7 +55,7 @@ elif die_in == "a full disk":
 elif die_in == "an evaluation":
     spd.decompose.measure = dying(spd.decompose.measure)
 elif die_in == "a step":
-    spd.decompose.Stack.batch_losses = dying(spd.decompose.Stack.batch_losses)
+    spd.decompose.Stack.batch_gradients = dying(spd.decompose.Stack.batch_gradients)
 elif die_in == "a row's write":
     spd.runs.RunFolder.log = dying(spd.runs.RunFolder.log)
 config = PRESETS["default"]["tms_5-2"].replace(
@@ -170,7 +170,7 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path):
 def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on(tmp_path, sent):
     told = ["tms_5-2", "-p", "steps", "1500", "-p", "batch_size", "64"]
     command = [sys.executable, "-c", f"import sys; from spd.spd_run import main; sys.exit(main({told!r}))"]
-    env = os.environ | {"IN_TEST": "1", "SPD_RUNS": str(tmp_path), "SPD_CACHE": str(tmp_path / "cache")}
+    env = os.environ | {"IN_TEST": "1", "SPD_RUNS": str(tmp_path)}
     job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     lines = lambda: [x for f in tmp_path.glob("tms*/metrics.jsonl") for x in f.read_text().splitlines()]
