@@ -542,10 +542,10 @@ class Stack:
         for i in range(n):
             found, ci, weight, sources, own = self.batch_gradients([s.streams for s in self.states], self.states[0].step)
             if sources:
-                self.sources = sources
+                self.sources = tree_map(torch.clone, sources)  # a CUDA graph will write to its own again
                 for e, s in enumerate(self.states):
-                    s.sources = self.member(e, sources)
-            if n > 1:  # the sums are others than what a CUDA graph will write to again
+                    s.sources = self.member(e, self.sources)
+            if n > 1:
                 found, own = tree_map(lambda t: t / n, (found, own))
             losses, grads = tree_map(add, (losses, grads), (found, own)) if i else (found, own)
         average([*losses.values(), *grads])

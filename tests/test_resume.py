@@ -167,11 +167,12 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on(tmp_path, sent):
+def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on(tmp_path, monkeypatch, sent):
     told = ["tms_5-2", "-p", "steps", "1500", "-p", "batch_size", "64"]
     command = [sys.executable, "-c", f"import sys; from spd.spd_run import main; sys.exit(main({told!r}))"]
-    env = os.environ | {"IN_TEST": "1", "SPD_RUNS": str(tmp_path)}
-    job = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    monkeypatch.setenv("IN_TEST", "1")
+    monkeypatch.setenv("SPD_RUNS", str(tmp_path))
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     lines = lambda: [x for f in tmp_path.glob("tms*/metrics.jsonl") for x in f.read_text().splitlines()]
     while time.time() < deadline and len(lines()) < 4:

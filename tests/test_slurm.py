@@ -69,7 +69,7 @@ def checkout(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("places")
-    return {"SPD_RUNS": str(root / "runs"), "SPD_CACHE": str(root / "cache"), "IN_TEST": "1", "OMP_NUM_THREADS": "1"}
+    return {"SPD_RUNS": str(root / "runs"), "IN_TEST": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,6 @@ def env(tmp_path) -> dict[str, str]:
     return os.environ | {
         "IN_TEST": "1",
         "SPD_RUNS": str(tmp_path / "runs"),
-        "SPD_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
     }
 
