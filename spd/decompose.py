@@ -172,7 +172,7 @@ class Recorder:
         row |= {f"train/l0/{n}": ci_l0(g, c.ci_alive_threshold, weight) for n, g in ci.items()}
         row |= {f"train/grad_norms/{n}": v.item() for n, v in norms.items()}
         of_components, lr = learning_rates(c, self.state.step)
-        return row | {"train/schedules/lr": lr, "train/schedules/lr_components": of_components}
+        return row | {"train/schedules/lr": lr, "train/schedules/components_lr": of_components}
 
     def log(self, row: dict[str, float]) -> None:
         "Write the row of this step; stop at a loss that is not finite."

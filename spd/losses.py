@@ -194,7 +194,7 @@ def climb(
     sources: Mapping[str, Source],  # site -> source
     error: Callable[[Mapping[str, Source]], Tensor],  # what to make large
     pgd: PersistentPGD,
-) -> dict[str, Source]:  # every r a leaf, for whose gradient the main backward is asked
+) -> dict[str, Source]:  # every r a leaf; `step_gradients` asks for its gradient
     "All ascent steps on a batch but the last."
     leaves = lambda found: {n: s._replace(r=s.r.detach().requires_grad_()) for n, s in found.items()}
     sources = leaves(sources)

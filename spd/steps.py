@@ -16,7 +16,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -302,7 +301,7 @@ def make_optimizers(parts: Decomposition, config: DecomposeConfig) -> list[torch
 
 
 def learning_rates(config: DecomposeConfig, step: int) -> tuple[float, float]:
-    "This step's learning rates: of V and U, which have a share of it, and none while they are held, and of all else."
+    "Learning rates of a step: that of V and U (a share of the schedule's; 0 while they are held), and that of all else."
     lr, held = config.lr(step, config.steps), step < round(config.hold_components * config.steps)
     return 0.0 if held else lr * config.lr_components, lr
 
@@ -538,21 +537,27 @@ class Stack:
 
     def gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
         "Give every run its gradients, a mean over `accumulate` batches; mean losses; importances and weights of the last batch."
-        n, losses, grads = self.config.accumulate, {}, []
+        n, losses, grads, alone = self.config.accumulate, {}, [], len(self.states) == 1
+        for p in self.params if alone else ():  # those of several runs stay in memory, as the members' own are views into them
+            p.grad = None
         for i in range(n):
             found, ci, weight, sources, own = self.batch_gradients([s.streams for s in self.states], self.states[0].step)
             if sources:
                 self.sources = tree_map(torch.clone, sources)  # a CUDA graph will write to its own again
                 for e, s in enumerate(self.states):
                     s.sources = self.member(e, self.sources)
-            if n > 1:
-                found, own = tree_map(lambda t: t / n, (found, own))
-            losses, grads = tree_map(add, (losses, grads), (found, own)) if i else (found, own)
+            if n == 1:
+                losses, grads = found, own
+            elif i == 0:  # not what a CUDA graph will write to again
+                losses, grads = tree_map(lambda t: t / n, (found, own))
+            else:
+                tree_map(lambda total, t: total.add_(t, alpha=1 / n), (losses, grads), (found, own))
         average([*losses.values(), *grads])
         for p, grad in zip(self.params, grads, strict=True):
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            p.grad.copy_(grad)  # of several runs, the members' own gradients are views into it
+            if alone:
+                p.grad = grad.contiguous()  # as optimisers want them
+            elif p.grad is not None:
+                p.grad.copy_(grad)
         return losses, ci, weight
 
     def update(self) -> None:

@@ -39,6 +39,33 @@ def test_compiled_steps_are_the_eager_ones(changes, steps):
         torch.testing.assert_close(eager, compiled, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "changes, n_runs",
+    [({"losses__persistent_pgd_recon": 0.5, "accumulate": 2}, 1), ({}, 2)],
+)
+def test_compiled_adversaries_and_runs_side_by_side(changes, n_runs):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    target, config, stacks = tms.TMS(tms.TARGETS["tms_5-2"]), CONFIG.replace(**changes), []
+    data = target.config.data()
+    for compile in ("off", "on"):
+        states = [TrainState.of(target, config.replace(seed=seed)) for seed in range(n_runs)]
+        for state in states:
+            state.start(data)
+        kind = InputKind.of(states[0].parts.model, data, config.batch_size, n_runs)
+        stacks.append(Stack(states, data, kind, step_function(compile, "cpu")))
+    for _ in range(20):
+        for stack in stacks:
+            stack.gradients()
+            stack.update()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for eager, compiled in zip(*(s.states for s in stacks), strict=True):
+        compiled_ones = compiled.tensors()
+        for name, value in eager.tensors().items():
+            if name.startswith(("parts.", "sources.")):
+                torch.testing.assert_close(value, compiled_ones[name], atol=1e-4, rtol=1e-4)
+
+
 def test_a_compiler_that_fails_is_given_up_with_a_message(tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         def fail(*_, **__):
