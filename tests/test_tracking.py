@@ -77,7 +77,7 @@ def python(code: str, env: dict[str, str], *args: object, half_way=lambda: None)
         if process.poll() is None:
             half_way()
         try:
-            process.communicate("go on\n", timeout=120)
+            process.communicate("go on\n", timeout=300)
         finally:
             process.kill()
         return subprocess.CompletedProcess(command, process.returncode, text(out), text(err))
