@@ -13,6 +13,31 @@ ANNEALED = {  # with a coefficient that kills no component within the steps look
     "losses__importance_minimality__p": 2.0,
     "losses__importance_minimality__final_p": 1.0,
 }
+ADVERSARY = {"losses__persistent_pgd_recon": 0.5, "accumulate": 2}
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def train_both(changes: dict, steps: int, n_runs: int = 1, device: str = "cpu") -> list[Stack]:
+    """The same runs for some steps, eager and compiled; it is one graph, and not anew for every value of a schedule."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    target, config, stacks = tms.TMS(tms.TARGETS["tms_5-2"]).to(device), CONFIG.replace(**changes), []
+    data = target.config.data()
+    for compile in ("off", "on"):
+        states = [TrainState.of(target, config.replace(seed=seed), device) for seed in range(n_runs)]
+        for state in states:
+            state.start(data)
+        kind = InputKind.of(states[0].parts.model, data, config.batch_size, n_runs)
+        stacks.append(Stack(states, data, kind, step_function(compile, device)))
+    for _ in range(steps):
+        for stack in stacks:
+            stack.gradients()
+            stack.update()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    return stacks
 
 
 @pytest.mark.parametrize(
@@ -20,46 +45,14 @@ ANNEALED = {  # with a coefficient that kills no component within the steps look
     [({}, 1000), (ANNEALED, 100)],  # at p = 2 gradients vanish, and Adam makes rounding errors of dead components large
 )
 def test_compiled_steps_are_the_eager_ones(changes, steps):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    target, config, stacks = tms.TMS(tms.TARGETS["tms_5-2"]), CONFIG.replace(**changes), []
-    data = target.config.data()
-    for compile in ("off", "on"):
-        state = TrainState.of(target, config)
-        state.start(data)
-        kind = InputKind.of(state.parts.model, data, config.batch_size)
-        stacks.append(Stack([state], data, kind, step_function(compile, "cpu")))
-    for _ in range(steps):
-        for stack in stacks:
-            stack.gradients()
-            stack.update()
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == 1  # the whole of it, and not anew for every value of a schedule
-    for eager, compiled in zip(*(s.parts.parameters() for s in stacks), strict=True):
+    for eager, compiled in zip(*(s.parts.parameters() for s in train_both(changes, steps)), strict=True):
         torch.testing.assert_close(eager, compiled, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "changes, n_runs",
-    [({"losses__persistent_pgd_recon": 0.5, "accumulate": 2}, 1), ({}, 2)],
-)
-def test_compiled_adversaries_and_runs_side_by_side(changes, n_runs):
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    target, config, stacks = tms.TMS(tms.TARGETS["tms_5-2"]), CONFIG.replace(**changes), []
-    data = target.config.data()
-    for compile in ("off", "on"):
-        states = [TrainState.of(target, config.replace(seed=seed)) for seed in range(n_runs)]
-        for state in states:
-            state.start(data)
-        kind = InputKind.of(states[0].parts.model, data, config.batch_size, n_runs)
-        stacks.append(Stack(states, data, kind, step_function(compile, "cpu")))
-    for _ in range(20):
-        for stack in stacks:
-            stack.gradients()
-            stack.update()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    for eager, compiled in zip(*(s.states for s in stacks), strict=True):
+@pytest.mark.parametrize("changes, n_runs", [(ADVERSARY, 1), ({}, 2)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_compiled_adversaries_and_runs_side_by_side(changes, n_runs, device):
+    for eager, compiled in zip(*(s.states for s in train_both(changes, 20, n_runs, device)), strict=True):
         compiled_ones = compiled.tensors()
         for name, value in eager.tensors().items():
             if name.startswith(("parts.", "sources.")):
