@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
            'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
-           'warm_up', 'spread_out', 'init_from_data', 'grad_norm', 'clip', 'make_optimizers', 'learning_rates',
-           'set_lr', 'stream_key', 'TrainState', 'trained', 'stack_parts', 'check_members', 'numbers_of', 'each_or_one',
-           'stack_trees', 'Stack']
+           'warm_up', 'spread_out', 'least_squares', 'init_from_data', 'grad_norm', 'clip', 'make_optimizers',
+           'learning_rates', 'set_lr', 'stream_key', 'TrainState', 'trained', 'stack_parts', 'check_members',
+           'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
@@ -39,7 +39,7 @@ from spd.losses import (
     zero_is_silent,
 )
 from .masks import Noise
-from .pruning import is_empty, least_squares, prune
+from .pruning import is_empty, prune
 
 # %% ../nbs/08e_steps.ipynb #55311d4a
 def ranks() -> tuple[int, int]:  # rank, number of ranks
@@ -244,8 +244,8 @@ def spread_out(
     rows: Tensor,  # [n, d], none of them zero
     k: int,  # how many to take
     generator: torch.Generator,
-    parallel: float = 0.95,  # from this cosine on, a row points the same way as another
-) -> Tensor:  # [k] indices
+    parallel: float = 0.999,  # from this cosine on, a row points the same way as another
+) -> tuple[Tensor, Tensor]:  # [k] indices, [k] how many rows point the way of each of these
     "Random rows, each with a chance of how many point its way, times sin^2 of the angle to the nearest one taken (k-means++)."
     unit, taken = F.normalize(rows, dim=1), []
     common = ((unit @ unit.T).abs() > parallel).sum(1).to(rows)
@@ -254,7 +254,16 @@ def spread_out(
         chance = apart * common if apart.max() > 1e-6 else torch.ones_like(common)  # all directions are taken: any row will do
         taken.append(int(torch.multinomial(chance, 1, generator=generator)))
         apart = torch.minimum(apart, 1 - (unit @ unit[taken[-1]]).square().clamp(max=1))
-    return torch.tensor(taken, device=rows.device)
+    return torch.tensor(taken, device=rows.device), common[taken]
+
+
+def least_squares(
+    x: Tensor,  # [n, d] inputs
+) -> Callable[[Tensor], Tensor]:  # [n, ...] -> [d, ...]
+    "What finds the v with x v closest to given numbers (a ridge regression, with a millionth of all that is squared in x)."
+    gram = (x.T @ x).cpu().double()  # MPS has no double precision
+    gram += 1e-6 * gram.trace() * torch.eye(len(gram))
+    return lambda wanted: torch.linalg.solve(gram, (x.T @ wanted).cpu().double()).to(x)
 
 
 @torch.no_grad()
@@ -263,17 +272,22 @@ def init_from_data(
     data: Callable,  # (n, generator) -> [n, ...] inputs
     generator: torch.Generator,
     pool: int = 4096,  # inputs to draw, and rows (an input has one per position) to choose from
+    rare: float = 10.0,  # a component starts with half the size if so many of the inputs point the way of its own
 ) -> None:
-    "Start every component as what the target does to one input x: u = W x, v tells x from other inputs; their sum as large as W."
-    for name, x in model.clean(data(pool, generator))[1].items():
+    "Start every component as what the target does to one input: V tells it from others, U writes what goes with it."
+    batch = data(pool, generator)
+    for name, x in model.clean(batch)[1].items():
         comps, W = model[name], model.weights()[name]
         if name in model.ties or is_index(x):
             continue
-        x = form(x).flatten(0, -2)
-        x = x[x.norm(dim=1) > 0][:pool]
-        chosen = spread_out(x, comps.C, generator)
-        comps.V.copy_(F.normalize(least_squares(x)(F.one_hot(chosen, len(x)).T.to(x)), dim=0))
-        comps.U.copy_(F.normalize(x[chosen], dim=1) @ W.T)
+        x = form(x)
+        rows = x if is_index(batch) or batch.shape[:-1] != x.shape[:-1] else batch  # of other models, the site's own inputs
+        kept = (rows.flatten(0, -2).norm(dim=1) > 0).nonzero()[:pool, 0]
+        x, rows = x.flatten(0, -2)[kept], rows.flatten(0, -2)[kept]
+        chosen, common = spread_out(rows, comps.C, generator)
+        a = rows @ least_squares(rows)(F.one_hot(chosen, len(rows)).T.to(rows))  # [n, C]
+        comps.V.copy_(F.normalize(least_squares(x)(a), dim=0))
+        comps.U.copy_(F.normalize(a.T @ x, dim=1) @ W.T * (common / (common + rare))[:, None])
         total = comps.weight()
         comps.U.mul_((W * total).sum() / total.square().sum())
 
@@ -350,7 +364,7 @@ class TrainState:
         parts, c = self.parts, self.config
         x = data(c.n_eval_batches * c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
         x, weight = (x, None) if kind.rows is None else merge_zeros(x)
-        told = {"threshold": c.ci_alive_threshold, "below": c.prune_below, "second": c.prune_second, "new": c.init != "data"}
+        told = {"threshold": c.ci_alive_threshold, "below": c.prune_below, "second": c.prune_second}
         emptied = from_first(lambda: prune(parts.model, parts.ci_fns, x, c.output_loss, weight, **told))
         copy_from_first(list(parts.parameters()))
         self.find_empty()

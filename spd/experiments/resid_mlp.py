@@ -204,12 +204,10 @@ def _preset(C_in: int, C_out: int, imp: dict, **more) -> DecomposeConfig:
 
 _PAPER = {"init": "projected", "use_delta_component": False}
 _OURS = {
-    "faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "batch_size": 512, "steps": 12_000, "prune_at": (0.6, 0.8)
+    "init": "data", "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "prune_at": (0.6, 0.8),
+    "batch_size": 512, "steps": 12_000,
 }  # fmt: skip
-_DEEP = {
-    "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "prune_at": (0.5, 0.7, 0.85, 0.95), "init": "data",
-    "lr": {"start": 2e-3, "fn": "cosine"},
-}  # fmt: skip
+_DEEP = {"prune_at": (0.5, 0.7, 0.85, 0.95), "lr": {"start": 2e-3, "fn": "cosine"}}
 _THREE = {"hold_components": 0.08, "lr_components": 0.25, "prune_below": 0.03, "prune_second": 0.15}
 _ANNEALED = {"p": 4.0, "anneal_end": 0.9}
 _STRICT = _ANNEALED | {"final_p": 0.2, "rescale": ((0.65, 0.3),)}

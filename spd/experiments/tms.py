@@ -128,7 +128,7 @@ def _annealed(config: DecomposeConfig) -> DecomposeConfig:
 
 _PAPER = {"init": "projected", "use_delta_component": False, "steps": 40_000, "lr": {"start": 1e-3, "fn": "quarter_cosine"}}
 _OURS = {
-    "init": "data", "faithfulness_warmup": {"steps": 200, "lr": 1e-2}, "lr": {"start": 1e-3, "fn": "cosine"}, "batch_size": 256
+    "init": "data", "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "lr": {"start": 1e-3, "fn": "cosine"}, "batch_size": 256
 }  # fmt: skip
 _LARGER = _OURS | {"steps": 5_000, "lr": {"start": 2e-3, "fn": "cosine"}, "ci_fn": {"hidden": (8,)}, "prune_at": (0.6, 0.8)}
 PRESETS: dict[str, dict[str, DecomposeConfig]] = {
