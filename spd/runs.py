@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import distributions
 from importlib.resources import files
 from pathlib import Path
@@ -95,6 +96,12 @@ def notebook_hash(
     return content_hash(["".join(c["source"]) for c in cells if c["cell_type"] == "code"])
 
 
+@cache  # a few hundred files to read, and no package that is imported changes
+def _installed() -> dict[str, str]:
+    "All installed packages and their versions."
+    return {d.name: d.version for d in distributions()}
+
+
 def provenance(
     notebook: str | None = None,  # file name of the chapter that runs
 ) -> dict[str, Any]:
@@ -112,7 +119,7 @@ def provenance(
             "threads": torch.get_num_threads(), "cuda": torch.version.cuda,
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "versions": {"python": platform.python_version()} | {d.name: d.version for d in distributions()},
+        "versions": {"python": platform.python_version()} | _installed(),
     }  # fmt: skip
 
 # %% ../nbs/08a_runs.ipynb #a9ea3429

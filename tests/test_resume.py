@@ -166,28 +166,31 @@ def test_a_run_that_goes_on_elsewhere_is_not_resumed(tmp_path):
     assert refused.returncode == 1 and f"still running: process {os.getpid()}" in refused.stderr
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on(tmp_path, monkeypatch, sent):
-    told = ["tms_5-2", "-p", "steps", "1500", "-p", "batch_size", "64"]
-    command = [sys.executable, "-c", f"import sys; from spd.spd_run import main; sys.exit(main({told!r}))"]
+def test_a_job_that_is_told_to_stop_leaves_checkpoint_and_notebook_and_can_go_on(tmp_path, monkeypatch, capsys):
+    """Stopped by the machine, then with Ctrl-C: every time it goes on, in the same folder, to the end."""
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setenv("SPD_RUNS", str(tmp_path))
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    lines = lambda: [x for f in tmp_path.glob("tms*/metrics.jsonl") for x in f.read_text().splitlines()]
-    while time.time() < deadline and len(lines()) < 4:
-        time.sleep(0.05)
-    job.send_signal(sent)
-    said = job.communicate(timeout=60)[1]
-    assert job.returncode == 130
-    (run,) = map(RunFolder, tmp_path.glob("tms*"))
-    assert f"spd-run --resume {run.path}" in said
-    assert run.status()["state"] == "interrupted" and "SIGINT after step" in run.status()["reason"]
-    stopped = load_run(run.path)
-    assert stopped.verdict.status == "INCONCLUSIVE" and 300 <= run.load()[1]["step"] < 1500
-    kept = (run.path / "notebook.ipynb").read_text()
-    assert "1500 steps x" in kept and "KeyboardInterrupt" in kept
-    assert spd_run.main(["--resume", str(run.path)]) == 0
-    assert run.status()["state"] == "finished" and run.rows()[-1]["_step"] == 1500
-    assert (run.path / "notebook-1.ipynb").read_text() == kept
+    told, came_to = ["tms_5-2", "-p", "steps", "2000", "-p", "batch_size", "64"], 0
+    steps = lambda: [r["_step"] for p in tmp_path.glob("tms*") for r in RunFolder(p).rows()]
+    for times, sent in enumerate((signal.SIGTERM, signal.SIGINT)):
+        command = [sys.executable, "-c", f"import sys; from spd.spd_run import main; sys.exit(main({told!r}))"]
+        job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        deadline = time.time() + 120
+        while time.time() < deadline and sum(s > came_to for s in steps()) < 4:
+            time.sleep(0.05)
+        job.send_signal(sent)
+        said = job.communicate(timeout=60)[1]
+        assert job.returncode == 130
+        (run,) = map(RunFolder, tmp_path.glob("tms*"))
+        assert f"spd-run --resume {run.path}" in said
+        assert run.status()["state"] == "interrupted" and "SIGINT after step" in run.status()["reason"]
+        before, came_to = came_to, run.load()[1]["step"]
+        assert before + 300 <= came_to < 2000 and load_run(run.path).verdict.status == "INCONCLUSIVE"
+        kept = [(run.path / name).read_text() for name in ("notebook.ipynb", "notebook-1.ipynb")[: times + 1]]
+        assert "2000 steps x" in kept[-1] and all("KeyboardInterrupt" in text for text in kept)
+        told = ["--resume", str(run.path)]
+    assert spd_run.main(told) == 0
+    assert f"Run folder: {run.path}" in capsys.readouterr().out
+    assert run.status()["state"] == "finished" and run.rows()[-1]["_step"] == 2000
+    assert [(run.path / f"notebook-{i}.ipynb").read_text() for i in (2, 1)] == kept
     assert {f.name for f in (run.path / "figures").iterdir()} >= {"causal_importances.png", "history.png"}

@@ -92,7 +92,7 @@ def test_a_grid_runs_side_by_side_and_reports(tmp_path, env):
 def test_what_is_stopped_or_killed_goes_on(tmp_path, env):
     """Ctrl-C to the command, then SIGKILL to the agent: the same run folder, from its checkpoint, to the end."""
     told = ["tms_5-2", "1", "--sweep_params_file", sweep_file(tmp_path, parameters={"seed": {"values": [5, 6]}})]
-    told += ["-p", "steps", "3000", "-p", "batch_size", "64"]
+    told += ["-p", "steps", "1500", "-p", "batch_size", "64"]
     first = subprocess.Popen(command("spd_sweep", *told), env=env, stderr=subprocess.PIPE, text=True)
     rows = lambda: [r for p in (tmp_path / "runs").glob("sweeps/*/trials/0000") for r in RunFolder(p).rows()]
     until(lambda: len(rows()) > 3)
@@ -119,7 +119,7 @@ def test_what_is_stopped_or_killed_goes_on(tmp_path, env):
     assert outcomes(sweep) == ["finished", "finished"]
     assert [p.name for p in sorted((sweep / "trials").iterdir())] == ["0000", "0001"]
     steps = [r["_step"] for r in trial.rows()]
-    assert steps == sorted(set(steps)) and steps[-1] == 3000 and trial.status()["state"] == "finished"
+    assert steps == sorted(set(steps)) and steps[-1] == 1500 and trial.status()["state"] == "finished"
     states = [t.state.name for t in open_study(sweep).get_trials()]
     assert states.count("COMPLETE") == 2 and states.count("FAIL") == 2
     assert len(list(trial.path.glob("provenance*.json"))) >= 2  # it was gone on with
@@ -129,13 +129,13 @@ def test_a_run_that_falls_behind_is_stopped(tmp_path, env):
     """Two good learning rates, then one that learns nothing: hyperband ends it early, with its verdict and notebook."""
     points = {"lr": {"values": [1e-3, 2e-3, 1e-7]}}
     file = sweep_file(tmp_path, parameters=points, early_terminate={"type": "hyperband", "min_iter": 2, "eta": 2})
-    told = ["tms_5-2", "1", "--sweep_params_file", file, "-p", "steps", "4000", "-p", "batch_size", "64"]
+    told = ["tms_5-2", "1", "--sweep_params_file", file, "-p", "steps", "2000", "-p", "batch_size", "64"]
     done = run(env, "spd_sweep", *told)
     assert done.returncode == 0, done.stderr[-3000:]
     sweep = only(tmp_path / "runs" / "sweeps")
     assert outcomes(sweep)[2] == "stopped" and outcomes(sweep)[0] == "finished"
     slow = RunFolder(sweep / "trials" / "0002")
-    assert slow.rows()[-1]["_step"] < 4000 and slow.status()["reason"] == trial_records(sweep)[2]["reason"]
+    assert slow.rows()[-1]["_step"] < 2000 and slow.status()["reason"] == trial_records(sweep)[2]["reason"]
     assert "needed at most" in slow.status()["reason"] and slow.summary()["verdict"]["status"] == "FAIL"
     assert (slow.path / "notebook.ipynb").exists() and (slow.path / "checkpoints").is_dir()
     assert open_study(sweep).get_trials()[2].state.name == "PRUNED"
