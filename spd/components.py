@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['formed_once', 'product_of', 'Product', 'form', 'times', 'WideLinear', 'TransposedLinear', 'is_index',
            'LinearComponents', 'TiedComponents', 'Mask', 'is_conv1d', 'matrix_of', 'Site', 'is_supported',
-           'match_modules', 'find_ties', 'module_key', 'ComponentModel', 'WithIdentity', 'insert_identities']
+           'match_modules', 'find_ties', 'copied', 'module_key', 'ComponentModel', 'WithIdentity', 'insert_identities']
 
 # %% ../nbs/01_components.ipynb #cb186c59
 import copy
@@ -284,6 +284,16 @@ def find_ties(
     return ties
 
 
+def copied(target: nn.Module) -> nn.Module:
+    "A deep copy in which parameters that share memory still do."
+    twin, first = copy.deepcopy(target), {}
+    for p, q in zip(target.parameters(), twin.parameters(), strict=True):
+        start, shape = first.setdefault((p.data_ptr(), p.numel()), q.data), (p.shape, p.stride())
+        if p.numel() and start is not q.data:
+            q.data = start.as_strided(*shape)
+    return twin
+
+
 def module_key(site: str) -> str:
     "A site's name as a key of `nn.ModuleDict`, which allows no dots."
     return site.replace(".", "-")
@@ -304,7 +314,7 @@ class ComponentModel(nn.Module):
         Cs = match_modules(target, modules)
         if len({module_key(n) for n in Cs}) < len(Cs):
             raise ValueError(f"module names that differ only in '.' and '-' cannot be told apart: {list(Cs)}")
-        self.target = copy.deepcopy(target).eval().requires_grad_(False)
+        self.target = copied(target).eval().requires_grad_(False)
         originals = {n: self.target.get_submodule(n) for n in Cs}
         self.ties = find_ties({n: matrix_of(m) for n, m in originals.items()}) if tie else {}
         self.components, self.sites = nn.ModuleDict(), {}
@@ -390,6 +400,14 @@ class WithIdentity(nn.Module):
         self.pre_identity, self.module = nn.Linear(W.shape[1], W.shape[1], bias=False).to(W), module
         nn.init.eye_(self.pre_identity.weight)
 
+    @property
+    def weight(self) -> Tensor:  # for targets that look at their modules' weights
+        return cast(Tensor, self.module.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast(Tensor | None, getattr(self.module, "bias", None))
+
     def forward(self, x: Tensor | Product) -> Tensor | Product:
         return self.module(self.pre_identity(x))
 
@@ -401,7 +419,7 @@ def insert_identities(
     "Put an identity matrix before every matching Linear or Conv1D; ValueError for an Embedding, which takes indices."
     if not patterns:
         return target
-    target = copy.deepcopy(target)
+    target = copied(target)
     for name in match_modules(target, dict.fromkeys(patterns, 1)):
         if isinstance(module := target.get_submodule(name), nn.Embedding):
             raise ValueError(f"{name!r} is an Embedding: there is no identity before indices")

@@ -149,8 +149,12 @@ class ImportanceMinimality(Config):
             raise ValueError(f"anneal_start {self.anneal_start} is after anneal_end {self.anneal_end}")
         if list(shares := [share for share, _ in self.rescale]) != sorted(set(shares)):
             raise ValueError(f"the shares of the run in `rescale` must increase, got {shares}")
+        unused = {"lp": "final_gamma", "smooth_l0": "final_p"}[self.penalty]
+        if getattr(self, unused) is not None:
+            raise ValueError(f"{unused}={getattr(self, unused)} has no meaning for penalty {self.penalty!r}: leave it out")
         if self.penalty == "lp" and min(self.p, self.final_p or self.p) < 1 and self.eps == 0:
-            raise ValueError("a power below 1 has an infinite gradient at 0: eps must be positive")
+            below = "final_p" if (self.final_p or 1) < 1 else "p"
+            raise ValueError(f"{below}={getattr(self, below)} has an infinite gradient at 0 with eps=0: make it positive")
         return self
 
     def coeff_at(self, step: int, steps: int) -> float:
@@ -199,6 +203,12 @@ class Routing(Config):
     kind: Literal["uniform_k", "static"] = Field(default="uniform_k", description="k sites, k uniform; or each by chance")
     probability: float = Field(default=0.5, gt=0, le=1, description="chance of each site (static)")
 
+    @model_validator(mode="after")
+    def _fits_kind(self):
+        if self.kind == "uniform_k" and self.probability != 0.5:
+            raise ValueError(f"probability={self.probability} has no meaning for routing kind 'uniform_k', only for 'static'")
+        return self
+
 
 class Losses(Config):
     "Coefficients of the training losses; 0 leaves a loss out."
@@ -228,7 +238,8 @@ class Losses(Config):
     @model_validator(mode="after")
     def _something(self):
         if not any(self.coefficients().values()):
-            raise ValueError("every loss has coefficient 0: there is nothing to train")
+            names = ", ".join(self.coefficients())
+            raise ValueError(f"every loss has coefficient 0: there is nothing to train; positive ones are allowed of {names}")
         return self
 
     def coefficients(self) -> dict[str, float]:  # loss -> coefficient
@@ -382,7 +393,14 @@ class DecomposeConfig(Config):
     @model_validator(mode="after")
     def _positive_C(self):
         if bad := {k: c for k, c in self.modules.items() if c < 1}:
-            raise ValueError(f"every module pattern needs at least one component, got {bad}")
+            raise ValueError(f"modules needs a C of at least 1 for every pattern, got {bad}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_frequency(self):
+        if self.accumulate > 1 and self.losses.importance_minimality.frequency:
+            why = "the frequency term of importance_minimality takes the mean of all inputs of an update at once"
+            raise ValueError(f"accumulate must be 1 with losses.importance_minimality.frequency, got {self.accumulate}: {why}")
         return self
 
     @model_validator(mode="after")

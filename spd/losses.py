@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['zero_is_silent', 'rows_to_keep', 'merge_zeros', 'per_run', 'weighted_mean', 'component_means', 'faithfulness',
-           'relative_faithfulness', 'importance_minimality', 'output_divergence', 'ascend', 'Source', 'start_sources',
-           'adam_ascent', 'climb', 'last_ascent', 'attacked', 'draw_step_noise', 'draw_tilt', 'masks_of', 'recon_under',
-           'hidden_acts_recon', 'recon_losses', 'step_precision', 'step_losses', 'step_gradients']
+           'relative_faithfulness', 'over_ranks', 'importance_minimality', 'output_divergence', 'ascend', 'Source',
+           'start_sources', 'adam_ascent', 'climb', 'last_ascent', 'attacked', 'draw_step_noise', 'draw_tilt',
+           'masks_of', 'recon_under', 'hidden_acts_recon', 'recon_losses', 'step_precision', 'step_losses',
+           'step_gradients']
 
 # %% ../nbs/04_losses.ipynb #073ed1b1
 import math
@@ -17,8 +18,10 @@ from operator import add
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
 
 from .components import ComponentModel, form, is_index
 from .config import PGD, DecomposeConfig, PersistentPGD
@@ -98,6 +101,13 @@ def relative_faithfulness(model: ComponentModel) -> Tensor:  # scalar
     return torch.stack(shares).mean(0)
 
 # %% ../nbs/04_losses.ipynb #42842815
+def over_ranks(mean: Tensor) -> Tensor:
+    "The mean of what every process of a run found in its share of the batch, gradients included."
+    if not (dist.is_available() and dist.is_initialized()):
+        return mean
+    return all_reduce(mean) / dist.get_world_size()
+
+
 def importance_minimality(
     upper: Mapping[str, Tensor],  # site -> upper-leaky causal importance [B, ..., C]
     shape: float | Tensor,  # the power p, or smooth_l0's width gamma; one number, or [E]
@@ -114,7 +124,10 @@ def importance_minimality(
         s = per_run(shape, g)
         each = (g + eps).pow(s) if penalty == "lp" else g.square() / (g.square() + s**2)
         mean = component_means(each, weight, lead)
-        total = total + (mean * (1 + frequency * torch.log2(1 + mean * inputs)) if frequency else mean).sum(-1)
+        if frequency:
+            mean = over_ranks(mean)
+            mean = mean * (1 + frequency * torch.log2(1 + mean * inputs))
+        total = total + mean.sum(-1)
     return total
 
 # %% ../nbs/04_losses.ipynb #82759f4e
@@ -294,6 +307,8 @@ def hidden_acts_recon(
 ) -> Tensor:  # scalar
     "Mean squared error of the sites' inputs, over all their entries and several masked forwards."
     clean = {n: form(i) for n, i in inputs.items() if not is_index(i)}
+    if not clean:
+        raise ValueError(f"hidden_acts_recon needs a site with activations as its input; all of {list(inputs)} are embeddings")
     width = sum(i.shape[-1] for i in clean.values())
     errors = []
     for m in masks:

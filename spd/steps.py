@@ -113,8 +113,6 @@ def check_ranks(
     used = [name for name, coeff in losses.coefficients().items() if coeff]
     if config.batch_size % n:
         why = f"batch_size {config.batch_size} is no multiple of {n}"
-    elif losses.importance_minimality.frequency:
-        why = "the frequency term of importance_minimality is no mean over inputs"
     elif losses.pgd.shared and any(name.startswith("pgd") for name in used):
         why = "pgd.shared is one adversary for the whole batch"
     elif unknown := [name for name in used if name.split("_")[0] not in SHARED_EXACTLY]:

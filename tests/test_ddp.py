@@ -87,7 +87,8 @@ def gradient_error(target, data, config):  # of one step, against one process wi
 tms = TMS(TARGETS["tms_5-2"])
 config = PRESETS["default"]["tms_5-2"].replace(**{SMALL})
 data, truth = tms.config.data(), ground_truth(tms.config)
-every = Losses(importance_minimality={{"coeff": 1e-2, "p": 2}}, stochastic_recon=1, pgd_recon=1, ci_recon=1, hidden_acts_recon=1)
+few = {{"coeff": 1e-2, "p": 2, "frequency": 1}}
+every = Losses(importance_minimality=few, stochastic_recon=1, pgd_recon=1, ci_recon=1, hidden_acts_recon=1)
 ids = lambda n, generator: torch.randint(7, (n, 3), generator=generator)
 tokens = DecomposeConfig(modules={{"*": 5}}, losses=every.replace(hidden_acts_recon=0), output_loss="kl", batch_size=64, steps=1)
 found["gradients"] = {{
