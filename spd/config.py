@@ -84,7 +84,7 @@ class Schedule(Config):
 
     start: float = Field(gt=0, description="value after warm-up")
     fn: Literal["constant", "linear", "cosine", "quarter_cosine", "exponential"] = Field(default="constant", description="curve")
-    final_frac: float | None = Field(default=None, ge=0, le=1, description="last value as a share of `start`; None = 0")
+    final_frac: float | None = Field(default=None, ge=0, le=1, description="share of `start` it falls to (or towards); None = 0")
     warmup_frac: float = Field(default=0.0, ge=0, lt=1, description="share of the steps spent rising linearly from 0")
 
     half_life: float | None = Field(default=None, gt=0, description="exponential: share of the way after which it has halved")
