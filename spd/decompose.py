@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['check_sites', 'estimate_step_seconds', 'duration', 'StopWish', 'Run', 'Recorder', 'plain', 'validation_row',
-           'Ensemble', 'SilentFolder', 'open_run', 'common_step', 'step_function', 'estimate', 'decompose', 'steps_at',
-           'Training', 'train', 'load_run']
+           'Ensemble', 'SilentFolder', 'open_run', 'common_step', 'how_to_compile', 'step_function', 'estimate',
+           'decompose', 'steps_at', 'Training', 'train', 'load_run']
 
 # %% ../nbs/09_decompose.ipynb #ed3a3929
+import inspect
 import math
 import os
 import signal
@@ -178,24 +179,27 @@ class Recorder:
         "Write the row of this step; stop at a loss that is not finite."
         self.folder.log(self.state.step, row)
         if bad := [n for n, v in row.items() if n.startswith("train/loss/") and not math.isfinite(v)]:
-            raise self._not_finite(", ".join(bad))
+            raise self._diverged(f"{', '.join(bad)} not finite")
 
-    def _not_finite(self, what: str) -> FloatingPointError:
-        return FloatingPointError(f"{what} not finite at step {self.state.step}; try a lower lr or clipped gradients")
+    def _diverged(self, how: str) -> FloatingPointError:
+        return FloatingPointError(f"{how} at step {self.state.step}; try a lower lr or clipped gradients")
 
     def check_finite(self) -> None:
         "Stop a run whose parameters are no longer numbers, before it spoils a checkpoint or an evaluation."
         if bad := [n for n, p in self.state.parts.named_parameters() if not torch.isfinite(p).all()]:
-            raise self._not_finite(bad[0])
+            raise self._diverged(f"{bad[0]} not finite")
 
     def evaluate(self) -> tuple[dict[str, Any], dict[str, float]]:  # numbers of `measure`, row to log
         "Measure on the evaluation stream, which starts anew each time: evaluations are comparable. Keep the best state."
         self.check_finite()
         c, parts = self.config, self.state.parts
-        numbers = from_first(lambda: measure(
-            parts.model, parts.ci_fns, self.data, make_generator(c.seed, "eval", next(parts.parameters()).device), self.truth,
-            c.eval_batch_size, c.n_eval_batches, c.ci_alive_threshold, kind=c.output_loss, delta=c.use_delta_component,
-        ), plain)  # fmt: skip
+        try:
+            numbers = from_first(lambda: measure(
+                parts.model, parts.ci_fns, self.data, make_generator(c.seed, "eval", next(parts.parameters()).device), self.truth,
+                c.eval_batch_size, c.n_eval_batches, c.ci_alive_threshold, kind=c.output_loss, delta=c.use_delta_component,
+            ), plain)  # fmt: skip
+        except FloatingPointError as e:
+            raise self._diverged(str(e)) from None
         row = validation_row(numbers, parts.Cs, c.miracle)
         passed = {} if self.truth is None else {"eval/pass": float(judge(numbers, self.truth).status == "PASS")}
         self.merit = row.get("val/miracle_distance", row["val/mse_loss"])
@@ -375,6 +379,16 @@ def common_step(folders: Sequence[RunFolder]) -> int | None:
     return max(common)
 
 
+def how_to_compile(
+    on_gpu: bool,
+) -> dict[str, Any]:  # arguments of `torch.compile`
+    "As for a step: shapes are constants to the compiler, and it starts anew for every number of runs."
+    how: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"options": {"size_asserts": False}}  # 7 % of a small step
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # new PyTorch
+        how["recompile_limit"] = torch._dynamo.config.accumulated_recompile_limit
+    return {"dynamic": False} | how
+
+
 def step_function(
     compile: str,  # "auto", "on" or "off"
     device: str,
@@ -385,10 +399,9 @@ def step_function(
     on_gpu = torch.device(device).type == "cuda"
     if compile == "off" or (compile == "auto" and not on_gpu):
         return step_gradients
-    how: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"options": {"size_asserts": False}}  # 7 % of a small step
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # new PyTorch
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward as one graph, a quarter faster if steps are small
-    return torch.compile(step_gradients, dynamic=False, **how)
+    return torch.compile(step_gradients, **how_to_compile(on_gpu))
 
 
 def estimate(stack: Stack) -> float:  # seconds per step
@@ -490,12 +503,12 @@ class Training:
     def __init__(self, recorders: Sequence[Recorder], stack: Stack):
         self.all, self.live, self.stack, self.outcome = list(recorders), list(recorders), stack, {}
 
-    def each(self, act: Callable[[Recorder], Any]) -> list[Any]:
-        "Do something with every run; one that turns out to have diverged leaves the others (a single one raises)."
-        results, lost = [], {}
-        for r in self.live:
+    def each(self, act: Callable[[Recorder], Any], runs: Sequence[Recorder] | None = None) -> dict[Recorder, Any]:
+        "Do something with every run (or these); one that turns out to have diverged leaves the others (a single one raises)."
+        results, lost = {}, {}
+        for r in self.live if runs is None else runs:
             try:
-                results.append(act(r))
+                results[r] = act(r)
             except FloatingPointError as e:
                 if len(self.all) == 1:
                     raise
@@ -510,12 +523,16 @@ class Training:
         if outcomes and self.live:
             self.stack.keep([r.state for r in self.live])
 
+    def finish(self, why: dict[Recorder, str]) -> None:
+        "Give runs their verdicts; `why` says for what reason each ends early, if it does."
+        self.drop(self.each(lambda r: r.finish(why[r]), list(why)))
+
     def halve(self, keep: float, step: int) -> None:
-        "Stop the runs whose last evaluation is not among the best."
-        ranked = sorted(self.live, key=lambda r: r.merit)
+        "Stop the runs whose last evaluation is not among the best; one that gave no number is the worst."
+        ranked = sorted(self.live, key=lambda r: (math.isnan(r.merit), r.merit))
         n = max(1, math.ceil(keep * len(ranked)))
         why = lambda r, i: f"halving: {i + 1}th of {len(ranked)} at step {step}, with a distance of {r.merit:.3g}"
-        self.drop({r: r.finish(why(r, i)) for i, r in enumerate(ranked) if i >= n})
+        self.finish({r: why(r, i) for i, r in enumerate(ranked) if i >= n})
 
 
 def train(
@@ -530,14 +547,14 @@ def train(
         if step in prunings:
             training.each(lambda r: r.prune(stack.kind))
         if step in rungs or step % config.eval_freq == 0:
-            training.each(lambda r, rows=rows: rows.update({r: r.evaluate()[1]}))
+            rows = training.each(lambda r: r.evaluate()[1])
         if halving and step in rungs:
             training.halve(halving.keep, step)
         if config.patience:
-            training.drop({r: r.finish("no better for a while") for r in training.live if r.state.stale >= config.patience})
+            training.finish({r: "no better for a while" for r in training.live if r.state.stale >= config.patience})
         if step % config.log_freq == 0:
             asked = from_first(lambda: [r.folder.asked_to_stop() for r in training.live])
-            training.drop({r: r.finish(why) for r, why in zip(training.live, asked, strict=True) if why})
+            training.finish({r: why for r, why in zip(training.live, asked, strict=True) if why})
         if not training.live:
             break
         losses, ci, weight = stack.gradients()
@@ -547,7 +564,7 @@ def train(
             first = rows[training.live[0]]
             l0 = sum(v for k, v in first.items() if k.startswith("train/l0/"))
             bar.set_postfix(loss=f"{first['train/loss/total']:.2e}", L0=f"{l0:.1f}", runs=len(training.live), refresh=False)
-        training.each(lambda r, rows=rows: r.log(rows[r]) if r in rows else None)
+        training.each(lambda r, rows=rows: r.log(rows[r]), [r for r in training.live if r in rows])
         stack.update()
         for r in training.live:
             r.folder.beat()
@@ -558,7 +575,7 @@ def train(
             paths = [str(r.folder.path) for r in training.live]
             go_on = f"spd-run --resume {paths[0]}" if len(recorders) == 1 else f"decompose(..., resume={paths})"
             raise KeyboardInterrupt(f"{stop} after step {done}; to go on: {go_on}")
-    training.each(lambda r: training.outcome.update({r: r.finish()}))
+    training.finish(dict.fromkeys(training.live, ""))
     return [training.outcome[r] for r in recorders]
 
 # %% ../nbs/09_decompose.ipynb #ebc3e5f1

@@ -173,11 +173,13 @@ class InputKind:
         "Look at some data, the same whatever the run's seed, and at what the sites make of it."
         generator = make_generator(0, "kind", next(model.parameters()).device)
         x = data(2, generator)
-        shapes = {n: tuple(model[n].inner(i).shape[1:-1]) for n, i in model.clean(x)[1].items()}
+        inputs = model.clean(x)[1]
+        shapes = {n: tuple(model[n].inner(i).shape[1:-1]) for n, i in inputs.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"all decomposed modules must see the same positions per input, got {shapes}")
-        if n_runs > 1 and next(iter(shapes.values())):
-            raise ValueError("runs side by side need inputs that are vectors; run sequences one seed after another")
+        if n_runs > 1 and (next(iter(shapes.values())) or any(is_index(i) for i in inputs.values())):
+            what = "sequences, and embeddings of tokens,"
+            raise ValueError(f"runs side by side need inputs that are vectors; run {what} one seed after another")
         rows = None
         if zero_is_silent(model, x):
             rows = rows_to_keep(data(look, generator).any(-1).float().mean().item(), batch_size)

@@ -122,6 +122,11 @@ def _mean(each: list[Any]) -> Any:  # of equally nested numbers
     return sum(each) / len(each)
 
 
+def _check_finite(found: dict[str, float | torch.Tensor]) -> None:
+    if bad := [n for n, v in found.items() if not torch.as_tensor(v).isfinite().all()]:
+        raise FloatingPointError(f"{bad[0]} not finite")
+
+
 @torch.no_grad()
 def measure(
     model: ComponentModel,
@@ -134,7 +139,7 @@ def measure(
     threshold: float = 0.1,  # a component is active above this causal importance
     **recon,  # `kind` and `delta` of `recon_under_masks`
 ) -> dict[str, Any]:  # nested numbers, JSON-ready, plus "mean_ci", "rate" and "alive" as tensors under "_tensors"
-    "All numbers the verdict needs."
+    "All numbers the verdict needs; FloatingPointError if components or causal importances are too large for them."
     each, per_batch = [], []
     for _ in range(n_batches):
         x = data(batch_size, generator)
@@ -157,11 +162,13 @@ def measure(
     }
     only_alive = {n: Mask(is_alive[n].to(g.dtype).expand_as(g)) for n, g in per_batch[-1].items()}
     numbers["recon"]["alive"] = output_divergence(model(x, only_alive), out, recon.get("kind", "mse")).item()
+    _check_finite({"faithfulness": numbers["faithfulness"]} | {f"recon/{mask}": v for mask, v in numbers["recon"].items()})
     return numbers if truth is None else numbers | _against_truth(model, ci_fns, truth, is_alive)
 
 
 def _against_truth(model, ci_fns, truth: GroundTruth, is_alive) -> dict[str, Any]:
     tables = ci_tables(model, ci_fns, truth.n_features)
+    _check_finite({f"causal importances of {n}": table for n, table in tables.items()})
     errors, loose = (solution_errors(tables, truth, tol) for tol in (0.1, 0.2))
     totals = {"total": sum(errors.values()), "total_0p2": sum(loose.values())}
     numbers: dict[str, Any] = {"target_solution_error": totals | errors, "target_solution_error_0p2": loose}
