@@ -11,7 +11,7 @@ __all__ = ['KNOWN', 'THETAS', 'ROUNDING', 'MaskProblem', 'climb', 'attack', 'int
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -484,6 +484,16 @@ class Certificate(NamedTuple):
     def ratio(self) -> tuple[float, float] | None:
         "How many times worse than the ideal one: at least, and at most."
         return None if self.ideal is None else self.found.ratio(self.ideal)
+
+    def numbers(self) -> dict[str, Any]:
+        "The report for a file: means over the inputs, intervals as (least, most)."
+
+        def of(w: WorstCase) -> dict[str, Any]:
+            means = {"random": w.random.mean().item(), "attacked": w.attacked.mean().item(), "worst": w.mean, "share": w.share}
+            return means | {"inputs": len(w.lower), "exact": int(w.exact.sum())}
+
+        found = {"found": of(self.found)}
+        return found if self.ideal is None else found | {"ideal": of(self.ideal), "ratio": self.ratio}
 
     def _rows(self) -> list[list[str]]:
         "Header and lines of the report: a name, this decomposition, the ideal one."

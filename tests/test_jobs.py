@@ -53,6 +53,8 @@ def test_a_job_reports_its_run(tmp_path):
     assert folder.status()["state"] == "finished"
     assert record["verdict"]["status"] == folder.summary()["verdict"]["status"] == "FAIL"  # 40 steps are no training
     assert {f.name for f in (folder.path / "figures").iterdir()} >= {"causal_importances.png", "history.png"}
+    worst = json.loads((folder.path / "certificate.json").read_text())
+    assert worst["found"]["worst"][0] > 2 * worst["ideal"]["worst"][1]
     assert f"Run folder: {folder.path}" in jobs.report(tmp_path / "out.ipynb")
     again = load_run(folder.path)  # the target is rebuilt from the folder alone
     assert again.verdict.status == "FAIL" and again.model["linear1"].V.shape == (5, 20)
