@@ -140,7 +140,7 @@ PRESETS: dict[str, dict[str, DecomposeConfig]] = {
     },
     "default": {
         "tms_5-2": _preset(20, False, 4.5e-3, 1.0, steps=10_000, **_OURS),
-        "tms_5-2-id": _preset(20, True, 3e-3, 1.0, steps=10_000, **_OURS),
+        "tms_5-2-id": _preset(20, True, 3e-3, 1.0, steps=10_000, prune_at=(0.6, 0.8), **_OURS),
         "tms_40-10": _annealed(_preset(100, False, 2e-4, 2.0, **_LARGER, hold_components=0.1)),
         "tms_40-10-id": _annealed(_preset(100, True, 1.25e-4, 2.0, **_LARGER)).replace(modules__hidden=20),
     },
