@@ -3,7 +3,7 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 DEPS := settings.ini setup.py constraints.txt
-PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder# else the longest file, of few tests, comes last
 WRITTEN := tests setup.py# spd/ is generated: ruff checks it, but never formats it
 
 .PHONY: help install install-dev run bench test test-all check type format docs-check clean
