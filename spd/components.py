@@ -286,11 +286,11 @@ def find_ties(
 
 def copied(target: nn.Module) -> nn.Module:
     "A deep copy in which parameters that share memory still do."
-    twin, first = copy.deepcopy(target), {}
+    twin, seen = copy.deepcopy(target), {}
     for p, q in zip(target.parameters(), twin.parameters(), strict=True):
-        start, shape = first.setdefault((p.data_ptr(), p.numel()), q.data), (p.shape, p.stride())
-        if p.numel() and start is not q.data:
-            q.data = start.as_strided(*shape)
+        first = seen.setdefault((p.data_ptr(), p.numel()), q)
+        if p.numel() and first is not q:
+            q.data = first.data.as_strided(p.shape, p.stride())
     return twin
 
 

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 from .components import ComponentModel, form, is_index
 from .config import PGD, DecomposeConfig, PersistentPGD
@@ -105,6 +104,8 @@ def over_ranks(mean: Tensor) -> Tensor:
     "The mean of what every process of a run found in its share of the batch, gradients included."
     if not (dist.is_available() and dist.is_initialized()):
         return mean
+    from torch.distributed.nn.functional import all_reduce  # there only where processes can be joined
+
     return all_reduce(mean) / dist.get_world_size()
 
 
