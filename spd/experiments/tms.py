@@ -130,7 +130,10 @@ _PAPER = {"init": "projected", "use_delta_component": False, "steps": 40_000, "l
 _OURS = {
     "init": "data", "faithfulness_warmup": {"steps": 200, "lr": 1e-3}, "lr": {"start": 1e-3, "fn": "cosine"}, "batch_size": 256
 }  # fmt: skip
-_LARGER = _OURS | {"steps": 5_000, "lr": {"start": 2e-3, "fn": "cosine"}, "ci_fn": {"hidden": (8,)}, "prune_at": (0.6, 0.8)}
+_LARGER = _OURS | {
+    "steps": 5_000, "lr": {"start": 2e-3, "fn": "cosine"}, "ci_fn": {"hidden": (8,)},
+    "hold_components": 0.1, "prune_at": (0.6, 0.8),
+}  # fmt: skip
 PRESETS: dict[str, dict[str, DecomposeConfig]] = {
     "paper": {
         "tms_5-2": _preset(20, False, 3e-3, 1.0, **_PAPER),
@@ -141,7 +144,7 @@ PRESETS: dict[str, dict[str, DecomposeConfig]] = {
     "default": {
         "tms_5-2": _preset(20, False, 4.5e-3, 1.0, steps=10_000, **_OURS),
         "tms_5-2-id": _preset(20, True, 3e-3, 1.0, steps=10_000, prune_at=(0.6, 0.8), **_OURS),
-        "tms_40-10": _annealed(_preset(100, False, 2e-4, 2.0, **_LARGER, hold_components=0.1)),
+        "tms_40-10": _annealed(_preset(100, False, 2e-4, 2.0, **_LARGER)),
         "tms_40-10-id": _annealed(_preset(100, True, 1.25e-4, 2.0, **_LARGER)).replace(modules__hidden=20),
     },
 }
