@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Share', 'LOSSES', 'CI_FN_FIELDS', 'ConfigT', 'unknown_names', 'problems', 'Config', 'Schedule',
            'ImportanceMinimality', 'PGD', 'PersistentPGD', 'Routing', 'Losses', 'CIFn', 'FaithfulnessWarmup',
-           'MiracleDistance', 'DecomposeConfig', 'Halving', 'make_generator', 'SparseFeatures', 'assigned_names',
-           'parameter_names', 'read_parameters']
+           'MiracleDistance', 'DecomposeConfig', 'Halving', 'make_generator', 'find_device', 'SparseFeatures',
+           'assigned_names', 'parameter_names', 'read_parameters']
 
 # %% ../nbs/00_config.ipynb #68683285
 import ast
@@ -431,6 +431,16 @@ def make_generator(
     "A `torch.Generator` of its own for one purpose of one run."
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+# %% ../nbs/00_config.ipynb #cc96c068
+def find_device(
+    name: str,  # "auto", "cpu", "cuda" or "mps"
+) -> str:  # one that is there
+    "`auto` is CUDA or else the CPU; ValueError for a device that is not there."
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(name, name == "auto"):
+        raise ValueError(f"device {name!r} is not available here; available: {[d for d in there if there[d]]}")
+    return ("cuda" if there["cuda"] else "cpu") if name == "auto" else name
 
 # %% ../nbs/00_config.ipynb #fb866b84
 class SparseFeatures(Config):

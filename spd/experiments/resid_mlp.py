@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from ..components import ComponentModel, Product, WideLinear, match_modules, times
-from ..config import Config, DecomposeConfig, Schedule, SparseFeatures, make_generator
+from ..config import Config, DecomposeConfig, Schedule, SparseFeatures, find_device, make_generator
 from ..files import progress_bar
 from ..importance import CI
 from ..losses import merge_zeros, weighted_mean
@@ -71,12 +71,7 @@ class ToyParameters(Tracking):
     def find_device(self) -> str:
         "The device to run on, with the CPU threads set; an error if it is asked for and not there."
         torch.set_num_threads(self.threads)
-        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        if self.device == "auto":
-            return "cuda" if found["cuda"] else "cpu"
-        if not found[self.device]:
-            raise ValueError(f"device {self.device!r} is not available here; available: {[d for d in found if found[d]]}")
-        return self.device
+        return find_device(self.device)
 
 
 class Parameters(ToyParameters):
