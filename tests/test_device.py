@@ -5,9 +5,11 @@ from typing import Any
 import device
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spd import kernels
 from spd.certify import certified_report
@@ -53,6 +55,27 @@ def test_the_device_is_as_strict_as_a_gpu(elsewhere):
     assert torch.equal(drawn[0], drawn[1].cpu())
 
 
+class NeverWaits(TorchDispatchMode):
+    """Nothing inside may need to know what is on the device: on a GPU the CPU would have to wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, made = ([t for t in tree_leaves(ts) if isinstance(t, Tensor)] for ts in ((args, kwargs), out))
+        name = func.overloadpacket.__name__
+        by_values = name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
+        by_values |= name in ("index", "index_put", "index_put_") and any(t.dtype == torch.bool for t in given[1:])
+        if any(t.device.type == device.NAME for t in given):
+            assert not by_values and all(t.device.type == device.NAME for t in made), func
+        return out
+
+
+def test_waiting_is_noticed(elsewhere):
+    x = torch.ones(3, device=elsewhere)
+    for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.cpu(), lambda: bool(x.any())):
+        with pytest.raises(AssertionError), NeverWaits():
+            wait()
+
+
 def compare_steps(target: nn.Module, data, config: DecomposeConfig, elsewhere: str, n_runs: int = 1) -> None:
     """Some steps here and there, from the same start: losses, importances and all that changes are the same."""
     made = []
@@ -61,9 +84,10 @@ def compare_steps(target: nn.Module, data, config: DecomposeConfig, elsewhere: s
         for state in states:
             state.start(data)
         stack = Stack(states, data, InputKind.of(states[0].parts.model, data, config.batch_size, n_runs))
-        for _ in range(3):
-            losses, ci, _ = stack.gradients()
-            stack.update()
+        with NeverWaits():
+            for _ in range(3):
+                losses, ci, _ = stack.gradients()
+                stack.update()
         made.append({"losses": losses, "ci": ci, "states": [s.tensors() for s in states]})
         assert all(t.device.type == d for t in (*losses.values(), *ci.values(), *stack.params))
     torch.testing.assert_close(made[1], made[0], check_device=False, atol=1e-6, rtol=1e-4)
