@@ -484,8 +484,7 @@ class SparseFeatures(Config):
             on = chance < self.feature_probability
         for group in self.synced:
             on[:, group] = on[:, group].any(1, keepdim=True)
-        lo, hi = self.value_range
-        return on * (lo + (hi - lo) * torch.rand(shape, generator=generator, device=device))
+        return on * torch.empty(shape, device=device).uniform_(*self.value_range, generator=generator)
 
 # %% ../nbs/00_config.ipynb #8bb14758
 ConfigT = TypeVar("ConfigT", bound=Config)

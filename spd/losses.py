@@ -47,15 +47,19 @@ def rows_to_keep(
 
 
 def merge_zeros(
-    x: Tensor,  # [B, n]
+    x: Tensor,  # [B, n], or of several runs [E, B, n]
     keep: int | None = None,  # rows for inputs that are not all zero, what does not fit is left out; None = as many as there are
 ) -> tuple[Tensor, Tensor]:  # [keep + 1, n] rows, [keep + 1] their weights: 1, 0 for padding, the last one's for all zero rows
     "Replace all the all-zero rows by a single one that carries their weight."
+    *runs, B, n = x.shape
     live = x.abs().amax(-1) != 0  # `any(-1)`, five times as fast
-    keep = int(live.sum()) if keep is None else keep
-    at = torch.nonzero_static(live, size=keep, fill_value=len(x))[:, 0]  # the rows to keep, then the added one
-    weight = torch.cat([(at < len(x)).to(x.dtype), (~live).sum(dtype=x.dtype)[None]])
-    return F.pad(F.pad(x, (0, 0, 0, 1)).index_select(0, at), (0, 0, 0, 1)), weight
+    n_live = live.sum(-1, keepdim=True)
+    keep = int(n_live) if keep is None else keep
+    first = live.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :keep]
+    first = first + torch.arange(0, live.numel(), B, device=x.device).view(*runs, 1)  # among the rows of all runs
+    rows = x.flatten(0, -2).index_select(0, first.flatten()).view(*runs, keep, n)
+    weight = torch.cat([torch.arange(keep, device=x.device) < n_live, B - n_live], -1).to(x.dtype)
+    return F.pad(rows, (0, 0, 0, 1)), weight
 
 
 def per_run(

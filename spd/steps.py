@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHARED_EXACTLY', 'MAY_DIFFER', 'SEQUENCES', 'ranks', 'join_ranks', 'from_first', 'from_all', 'copy_from_first',
-           'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'draw_batch',
-           'warm_up', 'spread_out', 'least_squares', 'init_from_data', 'grad_norm', 'clip', 'make_optimizers',
-           'learning_rates', 'set_lr', 'stream_key', 'TrainState', 'trained', 'stack_parts', 'check_members',
-           'numbers_of', 'each_or_one', 'stack_trees', 'Stack']
+           'average', 'check_ranks', 'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'stack_trees',
+           'draw_batch', 'warm_up', 'spread_out', 'least_squares', 'init_from_data', 'grad_norm', 'clip',
+           'make_optimizers', 'learning_rates', 'set_lr', 'stream_key', 'TrainState', 'trained', 'stack_parts',
+           'stack_optimizer', 'check_members', 'numbers_of', 'each_or_one', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
@@ -216,18 +216,24 @@ class Batch(NamedTuple):
     tilt: dict[str, Tensor] | None
 
 
+def stack_trees(trees: Sequence[Any]) -> Any:
+    "Several nested structures of tensors as one, with a run axis in front; a single one as it is."
+    return trees[0] if len(trees) == 1 else tree_map(lambda *t: None if t[0] is None else torch.stack(t), *trees)
+
+
 def draw_batch(
     data: Callable,  # (n, generator) -> [n, ...] inputs
     config: DecomposeConfig,
     Cs: dict[str, int],  # site -> number of components
-    streams: Streams,
+    streams: Sequence[Streams],  # of every run
     kind: InputKind,
 ) -> Batch:
-    "A run's next batch (this rank's share of it) with all the noise of its step."
-    x = data(config.batch_size // ranks()[1], streams.data)
+    "Every run's next batch (this rank's share of it) with all the noise of its step."
+    x = stack_trees([data(config.batch_size // ranks()[1], s.data) for s in streams])
     x, weight = (x, None) if kind.rows is None else merge_zeros(x, kind.rows)
-    shape = (len(x), *kind.positions)
-    return Batch(x, weight, draw_step_noise(config, Cs, shape, streams.masks), draw_tilt(config, Cs, shape, streams.masks))
+    shape = (x.shape[len(streams) > 1], *kind.positions)
+    drawn = [(draw_step_noise(config, Cs, shape, s.masks), draw_tilt(config, Cs, shape, s.masks)) for s in streams]
+    return Batch(x, weight, *stack_trees(drawn))
 
 # %% ../nbs/08e_steps.ipynb #4e17d075
 def warm_up(model: ComponentModel, config: DecomposeConfig) -> None:
@@ -462,6 +468,24 @@ def stack_parts(
     return stacked
 
 
+def stack_optimizer(
+    members: Sequence[TrainState],  # with AdamW
+    stacked: Decomposition,  # their parts
+) -> torch.optim.Optimizer:
+    "One AdamW for all runs; what the members' own remember becomes views into what it does."
+    (optimizer,), own = make_optimizers(stacked, members[0].config), [m.optimizers[0] for m in members]
+    params = lambda o: [p for group in o.param_groups for p in group["params"]]
+    for p, *ps in zip(params(optimizer), *map(params, own), strict=True):
+        states = [o.state[q] for o, q in zip(own, ps, strict=True)]
+        begun = bool(states[0])
+        kept = {n: torch.stack([s[n] for s in states]) if begun else torch.zeros_like(p) for n in ("exp_avg", "exp_avg_sq")}
+        step = states[0]["step"].clone() if begun else torch.zeros((), device=p.device)
+        optimizer.state[p] = kept | {"step": step}
+        for e, s in enumerate(states):
+            s |= {n: means[e] for n, means in kept.items()} | {"step": step}
+    return optimizer
+
+
 MAY_DIFFER = ("seed", "data_seed", "lr", "losses")  # between members; of the losses only numbers
 SEQUENCES = ("global_shared_transformer", "global_reverse_residual")  # their norms know no run axis
 
@@ -492,11 +516,6 @@ def each_or_one(values: Sequence[float], device: torch.device) -> float | Tensor
     "A number if all agree, else one per run."
     return values[0] if len(set(values)) == 1 else torch.tensor(values, device=device)
 
-
-def stack_trees(trees: Sequence[Any]) -> Any:
-    "Several nested structures of tensors as one, with a run axis in front."
-    return tree_map(lambda *t: None if t[0] is None else torch.stack(t), *trees)
-
 # %% ../nbs/08e_steps.ipynb #7c757d1f
 class Stack:
     "Runs that train together, step by step."
@@ -517,9 +536,12 @@ class Stack:
     def keep(self, states: Sequence[TrainState]) -> None:
         "Go on with these members only."
         self.states, self.config = list(states), states[0].config
-        self.sources = states[0].sources if len(states) == 1 else stack_trees([s.sources for s in states])
+        self.sources = stack_trees([s.sources for s in states])
         self.parts = states[0].parts if len(states) == 1 else stack_parts([s.parts for s in states])
         self.params = list(trained(self.parts).values())
+        self.optimizers = [(s.config, s.optimizers) for s in states]
+        if len(states) > 1 and self.config.optimizer == "adamw" and all(s.config.lr == self.config.lr for s in states):
+            self.optimizers = [(self.config, [stack_optimizer(states, self.parts)])]
         device = self.device = states[0].streams.data.device
         coeffs = [s.config.losses.coefficients() for s in states]
         self.coeffs = {n: each_or_one([c[n] for c in coeffs], device) for n in coeffs[0]}
@@ -538,9 +560,7 @@ class Stack:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None, dict[str, dict[str, Source]], Sequence[Tensor]]:
         # with several members, an axis of them in front
         "Losses of one freshly drawn batch, causal importances, weight of each row, lasting adversaries, gradients of `params`."
-        Cs = self.parts.Cs
-        batches = [draw_batch(self.data, s.config, Cs, own, self.kind) for s, own in zip(self.states, streams, strict=True)]
-        batch = batches[0] if len(batches) == 1 else stack_trees(batches)
+        batch = draw_batch(self.data, self.config, self.parts.Cs, streams, self.kind)
         shape, weight = (self.minimality(at, step) for at in (ImportanceMinimality.shape_at, ImportanceMinimality.coeff_at))
         with formed_once():
             losses, ci, sources, grads = self.compute(
@@ -580,9 +600,11 @@ class Stack:
             s.keep_empty()
             clip(s.parts.model.components.parameters(), s.config.grad_clip_components)
             clip(s.parts.ci_fns.parameters(), s.config.grad_clip_ci_fns)
-            set_lr(s.optimizers, s.config, s.step)
-            for optimizer in s.optimizers:
+        for config, optimizers in self.optimizers:
+            set_lr(optimizers, config, self.states[0].step)
+            for optimizer in optimizers:
                 optimizer.step()
+        for s in self.states:
             s.step += 1
 
     def member(self, e: int, tree: Any) -> Any:

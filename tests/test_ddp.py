@@ -65,7 +65,7 @@ def gradient_error(target, data, config):  # of one step, against one process wi
     state.start(data)
     kind = InputKind.of(state.parts.model, data, config.batch_size // n)
     before = {{k: g.get_state() for k, g in vars(state.streams).items()}}
-    mine = draw_batch(data, config, state.parts.Cs, state.streams, kind)
+    mine = draw_batch(data, config, state.parts.Cs, [state.streams], kind)
     for k, g in vars(state.streams).items():
         g.set_state(before[k])
     batches = from_all(mine)
