@@ -201,6 +201,7 @@ def adam_ascent(
     pgd: PersistentPGD,
 ) -> Source:
     "One step of Adam up the gradient, clamped to [0, 1]."
+    grad = over_ranks(grad) if pgd.scope == "shared" else grad  # one adversary for the inputs of all processes
     (b1, b2), before = pgd.betas, source.known
     mean, square = b1 * source.mean + (1 - b1) * grad, b2 * source.square + (1 - b2) * grad.square()
     known = torch.stack([b1 * before[..., 0] + (1 - b1), b2 * before[..., 1] + (1 - b2)], -1)

@@ -101,7 +101,9 @@ def average(tensors: Sequence[Tensor]) -> None:
             t.copy_(mean.view_as(t))
 
 # %% ../nbs/08e_steps.ipynb #6ee154fa
-SHARED_EXACTLY = ("importance", "faithfulness", "relative", "stochastic", "ci", "unmasked", "pgd", "hidden")  # first words
+SHARED_EXACTLY = (  # first words
+    "importance", "faithfulness", "relative", "stochastic", "ci", "unmasked", "pgd", "persistent", "merged", "hidden"
+)  # fmt: skip
 
 
 def check_ranks(
@@ -115,6 +117,8 @@ def check_ranks(
         why = f"batch_size {config.batch_size} is no multiple of {n}"
     elif losses.pgd.shared and any(name.startswith("pgd") for name in used):
         why = "pgd.shared is one adversary for the whole batch"
+    elif losses.persisting() and losses.persistent.scope == "per_row":
+        why = f"persistent.scope 'per_row' is an adversary for each row, which {losses.persisting()} would need on one process"
     elif unknown := [name for name in used if name.split("_")[0] not in SHARED_EXACTLY]:
         why = f"{unknown} are not known to be means over inputs"
     if why and n > 1:

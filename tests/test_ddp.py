@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_map
 from spd.config import DecomposeConfig, ImportanceMinimality, Losses, SparseFeatures, make_generator
 from spd.decompose import decompose, load_run
 from spd.experiments.tms import PRESETS, TARGETS, TMS, ground_truth
-from spd.losses import step_losses
+from spd.losses import step_gradients
 from spd.steps import InputKind, Stack, TrainState, draw_batch, from_all, join_ranks, ranks, trained
 
 torch.set_num_threads(1)
@@ -72,14 +72,19 @@ def gradient_error(target, data, config):  # of one step, against one process wi
     assert not torch.equal(batches[0].x, batches[1].x)
     whole = tree_map(lambda *t: None if t[0] is None else torch.cat(t), *batches)
     stack = Stack([state], data, kind)
+    sources = stack.sources
     losses, *_ = stack.gradients()
     own = [p.grad for p in trained(state.parts).values()]
     shape = stack.minimality(ImportanceMinimality.shape_at, 0)
-    alone, *_ = step_losses(
-        state.parts.model, state.parts.ci_fns, whole.x, whole.weight, whole.noise, config, shape, whole.tilt
+    params = list(trained(state.parts).values())
+    alone, _, ascended, expected = step_gradients(
+        params, state.parts.model, state.parts.ci_fns, whole.x, whole.weight, whole.noise, config, shape, whole.tilt,
+        sources=sources,
     )
-    expected = torch.autograd.grad(alone["total"], trained(state.parts).values())
-    assert same_on_all([*own, *losses.values()])
+    moved, wanted = ([t for site in found.values() for s in site.values() for t in s] for found in (stack.sources, ascended))
+    assert same_on_all([*own, *losses.values(), *moved])
+    assert all((a - b).abs().max() < 1e-3 * b.abs().max() for a, b in zip(moved, wanted, strict=True))
+    assert bool(moved) == bool(config.losses.persisting())
     assert all(abs(losses[k] - alone[k]) <= 1e-6 * max(1, alone[k]) for k in losses)
     return max((a - b).abs().max().item() for a, b in zip(own, expected)), max(g.abs().max().item() for g in expected), kind.rows
 
@@ -89,11 +94,13 @@ config = PRESETS["default"]["tms_5-2"].replace(**{SMALL})
 data, truth = tms.config.data(), ground_truth(tms.config)
 few = {{"coeff": 1e-2, "p": 2, "frequency": 1}}
 every = Losses(importance_minimality=few, stochastic_recon=1, pgd_recon=1, ci_recon=1, hidden_acts_recon=1)
+lasting = dict(losses__persistent_pgd_recon=1, losses__merged_recon_subset=1, losses__persistent__n_steps=2)
 ids = lambda n, generator: torch.randint(7, (n, 3), generator=generator)
 tokens = DecomposeConfig(modules={{"*": 5}}, losses=every.replace(hidden_acts_recon=0), output_loss="kl", batch_size=64, steps=1)
 found["gradients"] = {{
     "tms": gradient_error(tms, data, config),
     "every loss": gradient_error(tms, data, config.replace(losses=every.model_dump(), sampling="binomial")),
+    "lasting adversaries": gradient_error(tms, data, config.replace(**lasting)),
     "tokens": gradient_error(Tokens(), ids, tokens),
 }}
 
@@ -144,7 +151,7 @@ def two(tmp_path_factory):
     return json.loads(line.removeprefix("FOUND ")), out
 
 
-@pytest.mark.parametrize("case", ["tms", "every loss", "tokens"])
+@pytest.mark.parametrize("case", ["tms", "every loss", "lasting adversaries", "tokens"])
 def test_gradients_are_those_of_the_whole_batch(two, case):
     for found in two[0]:
         error, largest, rows = found["gradients"][case]
