@@ -201,7 +201,7 @@ class Count(TorchDispatchMode):
     "Counts what the operations inside move and compute, and keeps the shapes of the matrix products."
 
     def __enter__(self):
-        self.bytes, self.gelus, self.gemms = 0, 0, []
+        self.bytes, self.gelus, self.operations, self.gemms = 0, 0, 0, []
         self.inner = ExitStack()
         self.flops = self.inner.enter_context(FlopCounterMode(display=False))
         self.inner.enter_context(patch.object(kernels, "_call_mlp", self.call_mlp(kernels._call_mlp)))
@@ -223,6 +223,7 @@ class Count(TorchDispatchMode):
         if (name := func.overloadpacket.__name__) not in VIEWS:
             moved = [t.numel() * t.element_size() for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
             self.bytes += sum(b for b in moved if b >= IN_CACHE)
+            self.operations += 1
         if name.startswith("gelu"):
             self.gelus += out.numel()
         if func in GEMMS:
