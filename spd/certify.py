@@ -528,9 +528,11 @@ def certified_report(
     "Worst case of a decomposition, as an interval, beside the ideal one's."
 
     def worst(model: ComponentModel, ci_fns: Callable) -> WorstCase:
-        at = x.to(next(model.parameters()).device)
+        device = next(model.parameters()).device
         with torch.no_grad():
-            ci = ci_fns(model, model.clean(at)[1]).lower
-        return certify(model, at, ci, **options)
+            ci = ci_fns(model, model.clean(x.to(device))[1]).lower
+        if device.type != "cpu":  # not every other device has double precision
+            model, ci = copy.deepcopy(model).cpu(), {n: c.cpu() for n, c in ci.items()}
+        return certify(model, x.cpu(), ci, **options)
 
     return Certificate(worst(model, ci_fns), None if ideal is None else worst(*ideal))

@@ -1,5 +1,5 @@
 // A device of its own, for machines without a GPU: its memory is the host's and the CPU does its work, but like a GPU it refuses to
-// mix its tensors with the CPU's. Loaded by device.py, as PyTorch's "privateuse1" device.
+// mix its tensors with the CPU's, and like MPS it has no double precision. Loaded by device.py, as PyTorch's "privateuse1" device.
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -75,13 +75,19 @@ const bool started = [] {
   return true;
 }();
 
+at::ScalarType known(std::optional<at::ScalarType> type) {
+  auto found = c10::dtype_or_default(type);
+  TORCH_CHECK(found != at::kDouble, "float64 is not known here");
+  return found;
+}
+
 at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> type) {
-  return at::detail::empty_strided_generic(size, stride, &memory, KEYS, c10::dtype_or_default(type));
+  return at::detail::empty_strided_generic(size, stride, &memory, KEYS, known(type));
 }
 
 at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> type, std::optional<at::Layout>, std::optional<at::Device>,
                  std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  return at::detail::empty_generic(size, &memory, KEYS, c10::dtype_or_default(type), format);
+  return at::detail::empty_generic(size, &memory, KEYS, known(type), format);
 }
 
 // the same memory as a tensor of the CPU

@@ -1,4 +1,4 @@
-"""On another device than the CPU all that a run makes is there, and is what it would be on the CPU."""
+"""On a device like CUDA or MPS all that a run makes is there, and is what it would be on the CPU."""
 
 from typing import Any
 
@@ -44,11 +44,13 @@ def some_ids(n, generator):
     return torch.randint(7, (n, 3), generator=generator, device=generator.device)
 
 
-def test_the_device_is_as_strict_as_a_gpu(elsewhere):
+def test_the_device_is_as_strict_as_cuda_and_mps(elsewhere):
     here, there = torch.ones(3, 3), torch.ones(3, 3, device=elsewhere)
     for mix in (lambda: there + here, lambda: there @ here, lambda: torch.cat([here, there]), lambda: there.numpy()):
         with pytest.raises((RuntimeError, TypeError), match="device"):
             mix()
+    with pytest.raises(RuntimeError, match="float64 is not known here"):
+        there.double()
     with pytest.raises(RuntimeError, match="generator of cpu"):
         torch.rand(3, device=elsewhere, generator=make_generator(0, "x"))
     drawn = [torch.rand(9, device=d, generator=make_generator(0, "x", d)) for d in ("cpu", elsewhere)]
