@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['zero_is_silent', 'rows_to_keep', 'merge_zeros', 'per_run', 'weighted_mean', 'component_means', 'faithfulness',
-           'relative_faithfulness', 'over_ranks', 'importance_minimality', 'output_divergence', 'ascend', 'Source',
-           'start_sources', 'adam_ascent', 'climb', 'last_ascent', 'attacked', 'draw_step_noise', 'draw_tilt',
-           'masks_of', 'recon_under', 'hidden_acts_recon', 'recon_losses', 'step_precision', 'step_losses',
+           'relative_faithfulness', 'MeanOverRanks', 'over_ranks', 'importance_minimality', 'output_divergence',
+           'ascend', 'Source', 'start_sources', 'adam_ascent', 'climb', 'last_ascent', 'attacked', 'draw_step_noise',
+           'draw_tilt', 'masks_of', 'recon_under', 'hidden_acts_recon', 'recon_losses', 'step_precision', 'step_losses',
            'step_gradients']
 
 # %% ../nbs/04_losses.ipynb #073ed1b1
@@ -49,12 +49,12 @@ def rows_to_keep(
 def merge_zeros(
     x: Tensor,  # [B, n], or of several runs [E, B, n]
     keep: int | None = None,  # rows for inputs that are not all zero, what does not fit is left out; None = as many as there are
-) -> tuple[Tensor, Tensor]:  # [keep + 1, n] rows, [keep + 1] their weights: 1, 0 for padding, the last one's for all zero rows
+) -> tuple[Tensor, Tensor]:  # [..., keep + 1, n] rows; [..., keep + 1] weights: 1, 0 for padding, that of all zero rows
     "Replace all the all-zero rows by a single one that carries their weight."
     *runs, B, n = x.shape
     live = x.abs().amax(-1) != 0  # `any(-1)`, five times as fast
     n_live = live.sum(-1, keepdim=True)
-    keep = int(n_live) if keep is None else keep
+    keep = int(n_live.max()) if keep is None else keep
     first = live.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :keep]
     first = first + torch.arange(0, live.numel(), B, device=x.device).view(*runs, 1)  # among the rows of all runs
     rows = x.flatten(0, -2).index_select(0, first.flatten()).view(*runs, keep, n)
@@ -104,13 +104,23 @@ def relative_faithfulness(model: ComponentModel) -> Tensor:  # scalar
     return torch.stack(shares).mean(0)
 
 # %% ../nbs/04_losses.ipynb #42842815
+class MeanOverRanks(torch.autograd.Function):
+    "Of a tensor, and of its gradient: everyone's loss depends on everyone's tensor."
+
+    @staticmethod
+    def forward(ctx, value):
+        from torch.distributed import _functional_collectives as collectives  # there only where processes can be joined
+
+        return collectives.all_reduce(value, "sum", list(range(n := dist.get_world_size()))) / n
+
+    @staticmethod
+    def backward(ctx, grad):
+        return MeanOverRanks.apply(grad)
+
+
 def over_ranks(mean: Tensor) -> Tensor:
     "The mean of what every process of a run found in its share of the batch, gradients included."
-    if not (dist.is_available() and dist.is_initialized()):
-        return mean
-    from torch.distributed.nn.functional import all_reduce  # there only where processes can be joined
-
-    return all_reduce(mean) / dist.get_world_size()
+    return MeanOverRanks.apply(mean) if dist.is_available() and dist.is_initialized() else mean
 
 
 def importance_minimality(

@@ -27,7 +27,7 @@ def uniform_k_subset(
     device = generator.device
     k = torch.randint(1, len(sites) + 1, (*shape, 1), generator=generator, device=device)
     rank = torch.rand((*shape, len(sites)), generator=generator, device=device).argsort(-1).argsort(-1)
-    return {n: (rank[..., [i]] < k).to(torch.get_default_dtype()) for i, n in enumerate(sites)}
+    return {n: (rank[..., i : i + 1] < k).to(torch.get_default_dtype()) for i, n in enumerate(sites)}
 
 
 def draw_routing(

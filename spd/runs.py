@@ -248,9 +248,13 @@ def new_run_path(
     name: str,  # start of the folder's name, e.g. "tms_5-2"
     root: str | Path | None = None,  # None = `runs_root()`
 ) -> Path:  # NAME-DATE-TIME-RANDOM
-    "A fresh path for a run."
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return Path(root or runs_root()) / f"{plain_name(name)}-{stamp}"
+    "A fresh folder for a run: made here, so that no other run gets the same one."
+    while True:
+        stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        path = Path(root or runs_root()) / f"{plain_name(name)}-{stamp}"
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
 
 
 class _ScrubbedLines(logging.Formatter):

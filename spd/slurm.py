@@ -272,7 +272,6 @@ def submit(
         raise _refused(f"there is no partition {resources.partition!r}")
     read_dotenv()
     log, jobs = new_run_path(name, Path(log_dir or runs_root() / "slurm").absolute()), []
-    log.mkdir(parents=True)
     try:
         for start in range(0, len(paths), CHUNK):
             jobs += _queue(paths[start : start + CHUNK], Path(code).absolute(), resources, name, log)

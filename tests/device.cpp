@@ -142,7 +142,7 @@ void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto lend = [&](const at::Tensor& t, const std::string& name) -> at::Tensor {
     if (!t.defined()) return t;
     if (t.is_cpu()) {
-      if (t.dim() > 0 && name != "indices") foreign = name;  // as on a GPU: numbers and indices may come from the CPU
+      if (name == "index" || (t.dim() > 0 && name != "indices")) foreign = name;  // as on a GPU, which takes numbers, and x[indices]
       return t;
     }
     return known.emplace_back(t, on_cpu(t)).second;

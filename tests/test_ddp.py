@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from spd.config import DecomposeConfig, ImportanceMinimality, Losses, SparseFeatures, make_generator
-from spd.decompose import decompose, load_run
+from spd.decompose import decompose, load_run, step_function
 from spd.experiments.tms import PRESETS, TARGETS, TMS, ground_truth
 from spd.losses import step_gradients
 from spd.steps import InputKind, Stack, TrainState, draw_batch, from_all, join_ranks, ranks, trained
@@ -104,6 +104,12 @@ found["gradients"] = {{
     "tokens": gradient_error(Tokens(), ids, tokens),
 }}
 
+step_function("on", "cpu")  # the settings it makes; but what counts the graphs needs no C++ compiler
+state = TrainState.of(tms, config.replace(losses__importance_minimality=few, **lasting))
+kind = InputKind.of(state.parts.model, data, config.batch_size // n)
+Stack([state], data, kind, torch.compile(step_gradients, backend="aot_eager", dynamic=False)).gradients()
+found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
 straight = decompose(tms, data, config, truth, out_dir=out, name="straight", progress=False)
 found["same parameters"] = same_on_all(straight.parts.parameters())
 found["same verdict"] = len(set(map(str, from_all(str(straight.verdict))))) == 1
@@ -157,6 +163,10 @@ def test_gradients_are_those_of_the_whole_batch(two, case):
         error, largest, rows = found["gradients"][case]
         assert error < 1e-6 * largest
         assert (rows is None) == (case == "tokens")  # all-zero rows are merged where there are any
+
+
+def test_a_compiled_step_stays_one_graph(two):
+    assert [mine["graphs"] for mine in two[0]] == [1, 1]
 
 
 def test_one_run_one_folder(two):

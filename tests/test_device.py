@@ -16,6 +16,7 @@ from spd.certify import certified_report
 from spd.config import CI_FN_FIELDS, LOSSES, DecomposeConfig, Losses, make_generator
 from spd.decompose import decompose, load_run
 from spd.experiments import resid_mlp, tms
+from spd.losses import step_gradients
 from spd.metrics import ce_kl_under_masks, ci_tables, pgd_ladder
 from spd.registry import TOYS, find_experiment, settings
 from spd.steps import InputKind, Stack, TrainState
@@ -57,37 +58,50 @@ def test_the_device_is_as_strict_as_cuda_and_mps(elsewhere):
     assert torch.equal(drawn[0], drawn[1].cpu())
 
 
+WAITING = {  # operations whose outcome the CPU must know, or that copy a list from it
+    *("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"),
+    *("bincount", "lift_fresh"),
+}
+
+
 class NeverWaits(TorchDispatchMode):
     """Nothing inside may need to know what is on the device: on a GPU the CPU would have to wait for it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given, made = ([t for t in tree_leaves(ts) if isinstance(t, Tensor)] for ts in ((args, kwargs), out))
-        name = func.overloadpacket.__name__
-        by_values = name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
-        by_values |= name in ("index", "index_put", "index_put_") and any(t.dtype == torch.bool for t in given[1:])
-        if any(t.device.type == device.NAME for t in given):
-            assert not by_values and all(t.device.type == device.NAME for t in made), func
+        name, here = func.overloadpacket.__name__, [t.device.type == device.NAME for t in (*given, *made)]
+        waits = name in WAITING or (name.startswith("index") and any(t.dtype == torch.bool for t in given[1:]))
+        crossing = any(here) and any(t.is_cpu and t.dim() for t in (*given, *made))
+        assert not (any(here) and waits) and not crossing, func
         return out
 
 
 def test_waiting_is_noticed(elsewhere):
     x = torch.ones(3, device=elsewhere)
-    for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.cpu(), lambda: bool(x.any())):
+    list_of_numbers = lambda: torch.tensor([1.0, 2.0], device=elsewhere)
+    for wait in (lambda: x.sum().item(), lambda: x[x > 0], lambda: x.cpu(), lambda: x[[0, 2]], list_of_numbers):
         with pytest.raises(AssertionError), NeverWaits():
             wait()
 
 
-def compare_steps(target: nn.Module, data, config: DecomposeConfig, elsewhere: str, n_runs: int = 1) -> None:
+def compare_steps(target: nn.Module, data, configs: list[DecomposeConfig], elsewhere: str) -> None:
     """Some steps here and there, from the same start: losses, importances and all that changes are the same."""
     made = []
     for d in ("cpu", elsewhere):
-        states = [TrainState.of(target, config.replace(seed=seed), d) for seed in range(n_runs)]
+        states = [TrainState.of(target, c.replace(seed=seed), d) for seed, c in enumerate(configs)]
         for state in states:
             state.start(data)
-        stack = Stack(states, data, InputKind.of(states[0].parts.model, data, config.batch_size, n_runs))
-        with NeverWaits():
-            for _ in range(3):
+        kind = InputKind.of(states[0].parts.model, data, configs[0].batch_size, len(states))
+        stack = Stack(
+            states, data, kind, lambda *given: step_gradients(*given)
+        )  # no number in it may change: as if compiled
+        for n in range(5 if len(states) > 1 else 3):
+            if n == 3:
+                states[0].prune(data, kind)
+            if n == 4:
+                stack.keep(states[1:])
+            with NeverWaits():
                 losses, ci, _ = stack.gradients()
                 stack.update()
         made.append({"losses": losses, "ci": ci, "states": [s.tensors() for s in states]})
@@ -100,7 +114,7 @@ def compare_steps(target: nn.Module, data, config: DecomposeConfig, elsewhere: s
 def test_every_loss(loss, changes, elsewhere):
     target = tms.TMS(tms.TARGETS["tms_5-2"])
     losses = Losses.model_validate({"importance_minimality": {"coeff": 3e-3, "frequency": 0.1}, loss: 0.5})
-    compare_steps(target, target.config.data(), TINY.replace(losses=losses, **changes), elsewhere)
+    compare_steps(target, target.config.data(), [TINY.replace(losses=losses, **changes)], elsewhere)
 
 
 @pytest.mark.parametrize("kind", CI_FN_FIELDS)
@@ -112,13 +126,14 @@ def test_every_importance_function(kind, elsewhere):
     elif kind != "linear":
         small |= {"hidden": (8,)}
     with sdpa_kernel(SDPBackend.MATH):  # the CPU has one of its own
-        compare_steps(target, target.config.data(), TINY.replace(modules={"*": 5}, ci_fn=small), elsewhere)
+        compare_steps(target, target.config.data(), [TINY.replace(modules={"*": 5}, ci_fn=small)], elsewhere)
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"accumulate": 2}, {"grad_clip_components": 0.1}])
-def test_two_runs_side_by_side(changes, elsewhere):
-    target = tms.TMS(tms.TARGETS["tms_5-2"])
-    compare_steps(target, target.config.data(), TINY.replace(**changes), elsewhere, n_runs=2)
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"accumulate": 2}, {"grad_clip_components": 0.1}])
+@pytest.mark.parametrize("other", [{}, {"lr__start": 2e-3, "losses__importance_minimality__p": 1.5}])
+def test_two_runs_side_by_side(changes, other, elsewhere):
+    target, config = tms.TMS(tms.TARGETS["tms_5-2"]), TINY.replace(**changes)
+    compare_steps(target, target.config.data(), [config, config.replace(**other)], elsewhere)
 
 
 @pytest.mark.parametrize("which", ["tms_5-2-id", "resid_mlp2", "tokens"])
