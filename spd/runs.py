@@ -349,7 +349,7 @@ class RunFolder(SavedRun):
 
     def __enter__(self) -> Self:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = filelock.FileLock(self.path / ".lock", timeout=0)
+        self._lock = filelock.FileLock(self.path / ".lock", timeout=1)  # for a moment, others look whether it is taken
         try:
             self._lock.acquire()
         except filelock.Timeout:
