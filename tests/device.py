@@ -1,14 +1,11 @@
 """A device that is not the CPU, on machines without a GPU: see device.cpp."""
 
 import functools
-import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch.utils import backend_registration, cpp_extension
 
@@ -26,8 +23,6 @@ MODULE = SimpleNamespace(
 @functools.cache
 def start() -> str:
     """Make PyTorch know the device; gives its name."""
-    if not (compiler := shutil.which("c++")):
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no simulated device for the tests: there is no c++")
     paths = [f"-isystem{p}" for p in cpp_extension.include_paths()]
     libraries = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
     source = str(Path(__file__).with_name("device.cpp"))
@@ -36,6 +31,6 @@ def start() -> str:
     with tempfile.TemporaryDirectory() as folder:
         built = f"{folder}/device.so"
         options = ["-std=c++20", "-O0", "-shared", "-fPIC"]
-        subprocess.run([compiler, *options, *paths, source, *libraries, "-o", built], check=True)
+        subprocess.run(["c++", *options, *paths, source, *libraries, "-o", built], check=True)
         torch.ops.load_library(built)
     return NAME
