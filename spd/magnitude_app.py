@@ -46,6 +46,13 @@ def runs_to_pick() -> dict[str, str]:  # what to show -> run path
 class App(InWords, ipywidgets.VBox):
     "A picker and a widget."
 
+    def __init__(
+        self,
+        picker: ipywidgets.Widget,  # goes above
+        widget: MagnitudeWidget,
+    ):
+        super().__init__([picker, widget])
+
     def title(self) -> str:
         return self.children[-1].title()
 
@@ -68,4 +75,4 @@ def app(
             words.value = f"<b>{change['new']}</b> cannot be shown: {e}"
 
     picker.observe(pick, names="value")
-    return App([ipywidgets.HBox([picker, words]), widget])
+    return App(ipywidgets.HBox([picker, words]), widget)
