@@ -164,14 +164,19 @@ def test_a_run_and_what_is_made_of_it(which, elsewhere, tmp_path):
     torch.testing.assert_close(
         parameters_to_vector(there.parts.parameters()).cpu(), parameters_to_vector(here.parts.parameters())
     )
+    found = []
     for run, d in zip(runs, ("cpu", elsewhere), strict=True):
         x = data(8, make_generator(0, "x", d))
         with torch.no_grad():
             out, inputs = run.model.clean(x)
             ci = run.ci_fns(run.model, inputs).lower
-        pgd_ladder(run.model, x, out, ci, make_generator(0, "attack", d), rungs=(2, 4), kind=config.output_loss)
+        ladder = pgd_ladder(
+            run.model, x, out, ci, make_generator(0, "attack", d), rungs=(2, 4), kind=config.output_loss
+        )
         if which == "tokens":
-            ce_kl_under_masks(run.model, x, out, ci, make_generator(0, "masks", d))
+            more = ce_kl_under_masks(run.model, x, out, ci, make_generator(0, "masks", d))["kl"].values()
         else:
-            certified_report(run.model, run.ci_fns, x, splits=3)
-            ci_tables(run.model, run.ci_fns, x.shape[1])
+            more = certified_report(run.model, run.ci_fns, x, splits=3).found.mean
+            assert all(t.device.type == d for t in ci_tables(run.model, run.ci_fns, x.shape[1]).values())
+        found.append([*ladder.values(), *more])
+    assert len(found[0]) > 3 and found[1] == pytest.approx(found[0], rel=1e-2)
