@@ -34,8 +34,11 @@ from .metrics import ci_l0, compute_miracle_distance
 from .run_data import find_run
 from .runs import RunFolder, flat
 from spd.steps import (
+    WARM_UP,
+    CannotRecord,
     Decomposition,
     InputKind,
+    Recorded,
     Stack,
     Streams,
     TrainState,
@@ -43,6 +46,7 @@ from spd.steps import (
     check_ranks,
     check_rows,
     copy_from_first,
+    draw_inputs,
     from_first,
     grad_norm,
     join_ranks,
@@ -89,15 +93,18 @@ def check_logits(
 # %% ../nbs/09_decompose.ipynb #cd3eed50
 def estimate_step_seconds(
     stack: Stack,
-    n: int = 5,  # steps to time after the first
+    n: int = 5,  # steps to time after the first (on a GPU, the first that are no replays)
 ) -> tuple[float, float]:  # seconds of the first step, median seconds of the others
-    "Duration of a step's losses and gradients; changes nothing."
+    "Duration of a batch's losses and gradients; changes nothing."
     streams, times = [Streams.of(s.config, s.streams.data.device, "estimate") for s in stack.states], []
-    for _ in range(n + 1):
+    compute, before = lambda x, *minimality: stack.batch_gradients(x, streams, *minimality), 1
+    if stack.graphs:
+        compute, before = Recorded(compute, stack.device, [s.masks for s in streams]), WARM_UP + 1
+    for _ in range(before + n):
         start = time.perf_counter()
-        stack.batch_gradients(streams, 0)[0]["total"].sum().item()
+        compute(draw_inputs(stack.data, stack.config, streams), *stack.minimality(0))[0]["total"].sum().item()
         times.append(time.perf_counter() - start)
-    return times[0], sorted(times[1:])[n // 2]
+    return times[0], sorted(times[before:])[n // 2]
 
 
 def duration(seconds: float) -> str:
@@ -398,14 +405,12 @@ def common_step(folders: Sequence[RunFolder]) -> int | None:
     return max(common)
 
 
-def how_to_compile(
-    on_gpu: bool,
-) -> dict[str, Any]:  # arguments of `torch.compile`
+def how_to_compile() -> dict[str, Any]:  # arguments of `torch.compile`
     "As for a step: shapes are constants to the compiler, and it starts anew for every number of runs."
-    how: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"options": {"size_asserts": False}}  # 7 % of a small step
+    how: dict[str, Any] = {"dynamic": False, "options": {"size_asserts": False}}  # 7 % of a small step
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # new PyTorch
         how["recompile_limit"] = torch._dynamo.config.accumulated_recompile_limit
-    return {"dynamic": False} | how
+    return how
 
 
 def step_function(
@@ -420,18 +425,24 @@ def step_function(
         return step_gradients
     if hasattr(torch._dynamo.config, "trace_autograd_ops"):  # new PyTorch
         torch._dynamo.config.trace_autograd_ops = True  # forward and backward as one graph, a quarter faster if steps are small
-    return torch.compile(step_gradients, **how_to_compile(on_gpu))
+    return torch.compile(step_gradients, **how_to_compile())
 
 
 def estimate(stack: Stack) -> float:  # seconds per step
-    "Time some steps; give up a compiler that fails."
+    "Time some steps; give up CUDA graphs, or a compiler, where they fail."
     try:
         first, seconds = estimate_step_seconds(stack)
+    except CannotRecord as e:
+        print(f"no CUDA graph of a step ({e}), so its operations are started one by one")
+        stack.graphs = False
+        stack.keep(stack.states)
+        return estimate(stack)
     except Exception as e:
         if stack.compute is step_gradients:
             raise
         print(f"torch.compile failed ({type(e).__name__}), so steps are not compiled: {str(e).splitlines()[0][:200]}")
-        stack.compute = step_gradients
+        stack.compute, stack.graphs = step_gradients, False
+        stack.keep(stack.states)
         return estimate_step_seconds(stack)[1]
     if stack.compute is not step_gradients:
         print(f"compiled in {first - seconds:.0f} s")

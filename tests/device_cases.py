@@ -3,6 +3,7 @@
 from typing import Any
 
 import device
+import graphs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,12 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spd import kernels
+from spd import decompose as decomposing
+from spd import kernels, steps
 from spd.certify import certified_report
 from spd.config import CI_FN_FIELDS, LOSSES, DecomposeConfig, Losses, make_generator
 from spd.decompose import decompose, load_run
+from spd.runs import RunFolder
 from spd.experiments import resid_mlp, tms
 from spd.losses import step_gradients
 from spd.metrics import ce_kl_under_masks, ci_tables, pgd_ladder
@@ -134,6 +137,114 @@ def test_every_importance_function(kind, elsewhere):
 def test_two_runs_side_by_side(changes, other, elsewhere):
     target, config = tms.TMS(tms.TARGETS["tms_5-2"]), TINY.replace(**changes)
     compare_steps(target, target.config.data(), [config, config.replace(**other)], elsewhere)
+
+
+def as_if_compiled(*given: Any) -> Any:
+    return step_gradients(*given)
+
+
+@pytest.fixture
+def recorded(elsewhere, monkeypatch) -> list[graphs.CUDAGraph]:
+    """Steps that are not `step_gradients` itself become graphs on the simulated device, too; the graphs that were made."""
+    made = []
+
+    class Kept(graphs.CUDAGraph):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    for name, stand_in in (graphs.stand_ins(NeverWaits) | {"CUDAGraph": Kept}).items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(steps, "may_record", lambda device: device.type == elsewhere)
+    return made
+
+
+ADVERSARIES = {"losses__persistent_pgd_recon": 0.5, "losses__merged_recon_subset": 0.5, "losses__pgd_recon": 0.5}
+
+
+@pytest.mark.parametrize(
+    "changes, n_graphs",
+    [
+        ({}, 2),
+        ({"optimizer": "muon"}, 1),
+        ({"accumulate": 2, **ADVERSARIES}, 2),
+        ({"losses__importance_minimality__final_p": 1.0, "hold_components": 0.6, "grad_clip_components": 0.1}, 2),
+        ({"sampling": "binomial", "losses__stochastic_recon_subset": 0.5}, 2),
+    ],
+)
+@pytest.mark.parametrize("n_runs", [1, 3])
+def test_recorded_steps(changes, n_graphs, n_runs, elsewhere, recorded):
+    """With schedules, a pruning and a run that drops out: the steps whose operations are started one by one."""
+    target, config = tms.TMS(tms.TARGETS["tms_5-2"]), TINY.replace(prune_at=(0.6,), **changes)
+    data, made = target.config.data(), []
+    for compute in (step_gradients, as_if_compiled):
+        states = [TrainState.of(target, config.replace(seed=seed), elsewhere) for seed in range(n_runs)]
+        for state in states:
+            state.start(data)
+        kind = InputKind.of(states[0].parts.model, data, config.batch_size, n_runs)
+        stack, losses = Stack(states, data, kind, compute), []
+        for n in range(12):
+            if n == 6:
+                for state in states:
+                    state.prune(data, kind)
+            if n == 8 and n_runs > 1:
+                stack.keep(states[:-1])
+            losses.append({k: v.clone() for k, v in stack.gradients()[0].items()})
+            stack.update()
+        made.append({"losses": losses, "states": [s.tensors() for s in states]})
+    replays = [9] if n_runs == 1 else [5, 1]  # all but the first three steps of that many runs
+    assert [g.replays for g in recorded] == [n for n in replays for _ in range(n_graphs)]
+    torch.testing.assert_close(made[1], made[0], atol=1e-6, rtol=1e-4)
+
+
+def test_recorded_steps_on_batches_of_several_sizes(elsewhere, recorded):
+    """Those of another size than the recorded one are not replays, and leave nothing behind that disturbs one."""
+    target, made = tms.TMS(tms.TARGETS["tms_5-2"]), []
+    for compute in (step_gradients, as_if_compiled):
+        sizes, state = iter((64, 64, 64, 64, 60, 64, 60, 64)), TrainState.of(target, TINY, elsewhere)
+        data = lambda n, g, sizes=sizes: target.config.data()(next(sizes), g)
+        stack = Stack([state], data, InputKind(None, ()), compute)
+        for _ in range(8):
+            stack.gradients()
+            stack.update()
+        made.append(state.tensors())
+    assert [g.replays for g in recorded] == [3, 5]
+    torch.testing.assert_close(made[1], made[0])
+
+
+class Waiting(tms.TMS):
+    """A target of which the CPU has to know a number."""
+
+    def forward(self, x):
+        return super().forward(x) if x.isfinite().all() else x
+
+
+@pytest.mark.parametrize("kind, n_graphs, says", [(tms.TMS, 3, "compiled in"), (Waiting, 1, "no CUDA graph of a step")])
+@pytest.mark.parametrize("seeds", [None, (0, 1)])
+def test_a_run_of_recorded_steps(kind, n_graphs, says, seeds, elsewhere, recorded, tmp_path, monkeypatch, capsys):
+    """The rows and the end of one whose operations are started one by one, also if it is resumed; some targets have no graph."""
+    function = {"off": step_gradients, "on": as_if_compiled}
+    monkeypatch.setattr(decomposing, "step_function", lambda compile, device: function[compile])
+    changes = {"steps": 20, "prune_at": (0.5,), "log_freq": 1, "eval_freq": 10, "save_freq": 12, "n_eval_batches": 2}
+    target, config = kind(tms.TARGETS["tms_5-2"]), TINY.replace(keep_checkpoints=9, miracle=None, **changes)
+
+    def rows(compile: str, **how) -> list:
+        run = decompose(
+            target, target.config.data(), config, device=elsewhere, seeds=seeds, compile=compile, progress=False, **how
+        )
+        for r in [run] if seeds is None else run:
+            r.folder.checkpoints()[-1].unlink()  # as if it had been killed after step 12
+        paths.append([r.path for r in ([run] if seeds is None else run)])
+        return [[{k: v for k, v in row.items() if k != "_time"} for row in RunFolder(p).rows()] for p in paths[-1]]
+
+    paths: list = []
+    expected, found = rows("off", out_dir=tmp_path), rows("on", out_dir=tmp_path)
+    assert len(recorded) == n_graphs and says in capsys.readouterr().out
+    assert len(found[0]) >= 20
+    assert found == [[pytest.approx(row, rel=1e-4, abs=1e-6) for row in run] for run in expected]
+    resumed = rows("on", resume=paths[1][0] if seeds is None else paths[1])
+    assert resumed == [[pytest.approx(row, rel=1e-4, abs=1e-6) for row in run] for run in expected]
+    assert len(recorded) == 2 * n_graphs
 
 
 @pytest.mark.parametrize("which", ["tms_5-2-id", "resid_mlp2", "tokens"])

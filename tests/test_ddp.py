@@ -31,11 +31,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from spd.config import DecomposeConfig, ImportanceMinimality, Losses, SparseFeatures, make_generator
+from spd.config import DecomposeConfig, Losses, SparseFeatures, make_generator
 from spd.decompose import decompose, load_run, step_function
 from spd.experiments.tms import PRESETS, TARGETS, TMS, ground_truth
 from spd.losses import step_gradients
-from spd.steps import InputKind, Stack, TrainState, draw_batch, from_all, join_ranks, ranks, trained
+from spd.steps import InputKind, Stack, TrainState, draw_inputs, from_all, join_ranks, ranks, trained, with_noise
 
 torch.set_num_threads(1)
 out, found = Path(sys.argv[1]), {{}}
@@ -65,17 +65,17 @@ def gradient_error(target, data, config):  # of one step, against one process wi
     state.start(data)
     kind = InputKind.of(state.parts.model, data, config.batch_size // n)
     before = {{k: g.get_state() for k, g in vars(state.streams).items()}}
-    mine = draw_batch(data, config, state.parts.Cs, [state.streams], kind)
+    mine = with_noise(draw_inputs(data, config, [state.streams]), config, state.parts.Cs, [state.streams], kind)
     for k, g in vars(state.streams).items():
         g.set_state(before[k])
     batches = from_all(mine)
     assert not torch.equal(batches[0].x, batches[1].x)
     whole = tree_map(lambda *t: None if t[0] is None else torch.cat(t), *batches)
     stack = Stack([state], data, kind)
-    sources = stack.sources
+    sources = tree_map(torch.clone, stack.sources)
     losses, *_ = stack.gradients()
     own = [p.grad for p in trained(state.parts).values()]
-    shape = stack.minimality(ImportanceMinimality.shape_at, 0)
+    shape, _ = stack.minimality(0)
     params = list(trained(state.parts).values())
     alone, _, ascended, expected = step_gradients(
         params, state.parts.model, state.parts.ci_fns, whole.x, whole.weight, whole.noise, config, shape, whole.tilt,

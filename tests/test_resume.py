@@ -56,6 +56,13 @@ elif die_in == "an evaluation":
     spd.decompose.measure = dying(spd.decompose.measure)
 elif die_in == "a step":
     spd.decompose.Stack.batch_gradients = dying(spd.decompose.Stack.batch_gradients)
+elif die_in == "nothing, but waits":  # before its first step, for the test
+    def waiting(*args, estimate=spd.decompose.estimate):
+        while not os.path.exists(os.path.join(out, "go")):
+            time.sleep(0.05)
+        return estimate(*args)
+
+    spd.decompose.estimate = waiting
 elif die_in == "a row's write":
     spd.runs.RunFolder.log = dying(spd.runs.RunFolder.log)
 config = PRESETS["default"]["tms_5-2"].replace(
@@ -122,8 +129,12 @@ def test_killed_again_and_again(tmp_path, straight):
 def test_two_do_not_go_on_with_one_run(tmp_path):
     child(tmp_path, die_in="a step", die_at=6 + 30)
     path = next(tmp_path.iterdir())
-    command = [sys.executable, "-c", CHILD, str(tmp_path), str(path), "", "0"]
+    command = [sys.executable, "-c", CHILD, str(tmp_path), str(path), "nothing, but waits", "0"]
     pair = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    until = time.time() + 60
+    while all(process.poll() is None for process in pair) and time.time() < until:
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
     said = [process.communicate(timeout=120)[1] for process in pair]
     assert sorted(process.returncode for process in pair) == [0, 1]
     assert any("is still running" in text for text in said)
