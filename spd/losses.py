@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['zero_is_silent', 'rows_to_keep', 'merge_zeros', 'per_run', 'weighted_mean', 'component_means', 'faithfulness',
-           'relative_faithfulness', 'MeanOverRanks', 'over_ranks', 'importance_minimality', 'output_divergence',
-           'ascend', 'Source', 'start_sources', 'adam_ascent', 'climb', 'last_ascent', 'attacked', 'draw_step_noise',
-           'draw_tilt', 'masks_of', 'recon_under', 'hidden_acts_recon', 'recon_losses', 'step_precision', 'step_losses',
-           'step_gradients']
+           'relative_faithfulness', 'MeanOverRanks', 'are_several', 'over_ranks', 'copy_from_first',
+           'importance_minimality', 'output_divergence', 'ascend', 'Source', 'start_sources', 'adam_ascent', 'climb',
+           'last_ascent', 'attacked', 'draw_step_noise', 'draw_tilt', 'masks_of', 'recon_under', 'hidden_acts_recon',
+           'recon_losses', 'step_precision', 'step_losses', 'step_gradients']
 
 # %% ../nbs/04_losses.ipynb #073ed1b1
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from operator import add
@@ -111,16 +111,28 @@ class MeanOverRanks(torch.autograd.Function):
     def forward(ctx, value):
         from torch.distributed import _functional_collectives as collectives  # there only where processes can be joined
 
-        return collectives.all_reduce(value, "sum", list(range(n := dist.get_world_size()))) / n
+        assert (all_processes := dist.group.WORLD) is not None
+        return collectives.all_reduce(value, "sum", all_processes) / dist.get_world_size()
 
     @staticmethod
     def backward(ctx, grad):
         return MeanOverRanks.apply(grad)
 
 
+def are_several() -> bool:
+    "Whether this is one of the processes that train a run together."
+    return dist.is_available() and dist.is_initialized()
+
+
 def over_ranks(mean: Tensor) -> Tensor:
     "The mean of what every process of a run found in its share of the batch, gradients included."
-    return MeanOverRanks.apply(mean) if dist.is_available() and dist.is_initialized() else mean
+    return MeanOverRanks.apply(mean) if are_several() else mean
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    "Make tensors what they are in the first process of a run."
+    for t in tensors if are_several() else ():
+        dist.broadcast(t.detach(), src=0)
 
 
 def importance_minimality(
@@ -174,6 +186,7 @@ def ascend(
                 components={n: next(r) for n in noise.components}, delta=noise.delta and {n: next(r) for n in noise.delta}
             )
             grads = torch.autograd.grad(error(noise).sum(), free)
+            grads = [over_ranks(g) for g in grads] if pgd.shared else grads  # one adversary for the inputs of all processes
             moved = iter([(v.detach() + pgd.step_size * g.sign()).clamp(0, 1) for v, g in zip(free, grads, strict=True)])
             noise = noise._replace(
                 components={n: next(moved) for n in noise.components}, delta=noise.delta and {n: next(moved) for n in noise.delta}
@@ -276,6 +289,8 @@ def draw_step_noise(
             draw_noise(Cs, shape, generator, delta, routing, kinds[source], shared)
             for _ in range(1 if fixed and routing is None else config.n_mask_samples)
         ]
+        for r in drawn[name] if shared else ():
+            copy_from_first([*r.components.values(), *(r.delta or {}).values()])
         if source == "merged":
             coin = lambda: draw_coin(losses.persistent.adversarial_share, shape, generator)
             drawn[name] = [r._replace(coin=coin()) for r in drawn[name]]
