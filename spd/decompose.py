@@ -17,7 +17,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -52,6 +52,7 @@ from spd.steps import (
     join_ranks,
     learning_rates,
     ranks,
+    waiting_refused,
 )
 from .targets import describe, rebuild
 from .tracking import Tracking, check_key, start_mirror
@@ -97,14 +98,16 @@ def estimate_step_seconds(
 ) -> tuple[float, float]:  # seconds of the first step, median seconds of the others
     "Duration of a batch's losses and gradients; changes nothing."
     streams, times = [Streams.of(s.config, s.streams.data.device, "estimate") for s in stack.states], []
-    compute, before = lambda x, *minimality: stack.batch_gradients(x, streams, *minimality), 1
-    if stack.graphs:
-        compute, before = Recorded(compute, stack.device, [s.masks for s in streams]), WARM_UP + 1
-    for _ in range(before + n):
-        start = time.perf_counter()
-        compute(draw_inputs(stack.data, stack.config, streams), *stack.minimality(0))[0]["total"].sum().item()
+    recorded, first = Recorded(stack.device, [s.masks for s in streams]), WARM_UP + 1 if stack.graphs else 1
+    act = lambda x, *minimality: stack.batch_gradients(x, streams, *minimality)
+    compute = (lambda *given: recorded(act, *given)) if stack.graphs else act
+    for i in range(first + n):
+        start, given = time.perf_counter(), (draw_inputs(stack.data, stack.config, streams), *stack.minimality(0))
+        with waiting_refused() if stack.graphs and i == 1 else nullcontext():
+            losses, *_ = compute(*given)
+        losses["total"].sum().item()
         times.append(time.perf_counter() - start)
-    return times[0], sorted(times[before:])[n // 2]
+    return times[0], sorted(times[first:])[n // 2]
 
 
 def duration(seconds: float) -> str:
@@ -433,16 +436,13 @@ def estimate(stack: Stack) -> float:  # seconds per step
     try:
         first, seconds = estimate_step_seconds(stack)
     except CannotRecord as e:
-        print(f"no CUDA graph of a step ({e}), so its operations are started one by one")
-        stack.graphs = False
-        stack.keep(stack.states)
+        stack.give_up_graphs(e)
         return estimate(stack)
     except Exception as e:
         if stack.compute is step_gradients:
             raise
         print(f"torch.compile failed ({type(e).__name__}), so steps are not compiled: {str(e).splitlines()[0][:200]}")
-        stack.compute, stack.graphs = step_gradients, False
-        stack.keep(stack.states)
+        stack.compute, stack.graphs, stack.recorded = step_gradients, False, {}
         return estimate_step_seconds(stack)[1]
     if stack.compute is not step_gradients:
         print(f"compiled in {first - seconds:.0f} s")

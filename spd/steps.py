@@ -7,14 +7,16 @@ __all__ = ['MAY_DIFFER', 'SEQUENCES', 'WARM_UP', 'ranks', 'join_ranks', 'from_fi
            'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'stack_trees', 'draw_inputs', 'with_noise',
            'warm_up', 'spread_out', 'least_squares', 'init_from_data', 'grad_norm', 'clip', 'adamw', 'make_optimizers',
            'learning_rates', 'set_lr', 'of_rank', 'TrainState', 'trained', 'stack_parts', 'one_optimizer',
-           'check_members', 'numbers_of', 'filled', 'each_or_one', 'CannotRecord', 'may_record', 'Recorded', 'Stack']
+           'check_members', 'numbers_of', 'filled', 'each_or_one', 'CannotRecord', 'may_record', 'waiting_refused',
+           'Recorded', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -215,7 +217,7 @@ def draw_inputs(
     x = [data(config.batch_size // ranks()[1], s.data) for s in streams]
     if len(shapes := {tuple(own.shape) for own in x}) > 1:
         raise ValueError(f"runs side by side need data whose batches all have one shape, got {sorted(shapes)}")
-    return stack_trees(x)
+    return stack_trees(x).contiguous()
 
 
 def with_noise(
@@ -531,8 +533,21 @@ class CannotRecord(RuntimeError):
 
 
 def may_record(device: torch.device) -> bool:
-    "Whether there are CUDA graphs, and processes that would have to meet within one are not many."
+    "Whether there are CUDA graphs, and this process does not have to meet others within one."
     return device.type == "cuda" and ranks()[1] == 1
+
+
+@contextmanager
+def waiting_refused() -> Iterator[None]:
+    "To wait for the GPU is a `CannotRecord`: noticed here, as during a recording it spoils what comes after."
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except Exception as e:
+        raise CannotRecord(str(e).partition("\n")[0]) from e
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Recorded:
@@ -540,53 +555,67 @@ class Recorded:
 
     def __init__(
         self,
-        act: Callable,  # takes nested lists of tensors and numbers; what it makes is overwritten by the next call
         device: torch.device,
         generators: Sequence[torch.Generator] = (),  # what it draws from
     ):
-        self.act, self.device, self.generators, self.calls = act, device, generators, 0
+        self.device, self.generators, self.calls = device, generators, 0
+        self.form: Any = None  # of the last calls, or of what is recorded
+        self.graph: Any = None
 
-    def __call__(self, *given: Any) -> Any:
-        self.calls += 1
+    def __call__(
+        self,
+        act: Callable,  # always the same; what it makes is overwritten by the next call
+        *given: Any,  # nested lists of contiguous tensors and of numbers
+    ) -> Any:
+        leaves, tree = tree_flatten(given)
+        form = tree, [(v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves]
         with torch.cuda.device(self.device):
-            if self.calls <= WARM_UP:
-                return self.as_usual(*given)
-            if self.calls == WARM_UP + 1:
-                self.record(given)
-            if self.form(given) != self.form(self.given):  # a batch of another size, say
-                return self.act(*given)
-            for kept, new in zip(tree_leaves(self.given), tree_leaves(given), strict=True):
-                if isinstance(kept, Tensor):
-                    kept.copy_(new)
+            if self.graph is None:
+                self.calls, self.form = self.calls + 1 if form == self.form else 1, form
+                if self.calls <= WARM_UP:
+                    return self.as_usual(act, given)
+                self.graph = self.record(act, given)
+            elif form != self.form:  # a batch of another size, say
+                return act(*given)
+            self.take(leaves)
             self.graph.replay()
             return self.made
 
-    def form(self, given: Any) -> tuple:
-        "What a replay takes for granted: shapes and numbers."
-        leaves, tree = tree_flatten(given)
-        return tree, [(v.shape, v.dtype) if isinstance(v, Tensor) else v for v in leaves]
-
-    def as_usual(self, *given: Any) -> Any:
+    def as_usual(self, act: Callable, given: Any) -> Any:
         "A call on the stream that is going to be recorded."
-        if self.calls == 1:
+        if not hasattr(self, "stream"):
             self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            made = self.act(*given)
+            made = act(*given)
         torch.cuda.current_stream().wait_stream(self.stream)
         return made
 
-    def record(self, given: Any) -> None:
+    def record(self, act: Callable, given: Any) -> Any:  # the graph
         "Call `act`, but have its work written down, not done."
-        self.given = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, given)
-        self.graph = torch.cuda.CUDAGraph()
+        kept = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, given)
+        self.kept: list[Any] = tree_leaves(kept)
+        self.seen: list[Any] = [None] * len(self.kept)  # what was copied there, and its version
+        before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         for generator in self.generators:
-            self.graph.register_generator_state(generator)
+            graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.made = self.act(*self.given)
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.made = act(*kept)
         except Exception as e:
-            raise CannotRecord(str(e)) from e
+            torch.cuda.set_stream(before)
+            for generator in self.generators:  # free of the graph
+                generator.graphsafe_set_state(generator.clone_state())
+            raise CannotRecord(str(e.__context__ or e).partition("\n")[0]) from e
+        return graph
+
+    def take(self, leaves: Sequence[Any]) -> None:
+        "Copy what is given to where the recording found it, if it is not there yet."
+        for i, (kept, new) in enumerate(zip(self.kept, leaves, strict=True)):
+            last = self.seen[i]
+            if isinstance(kept, Tensor) and not (last and last[0] is new and last[1] == new._version):
+                kept.copy_(new)
+                self.seen[i] = new, new._version
 
 
 # %% ../nbs/08e_steps.ipynb #7c757d1f
@@ -623,27 +652,45 @@ class Stack:
         device = self.device = states[0].streams.data.device
         coeffs = [s.config.losses.coefficients() for s in states]
         self.coeffs = {n: each_or_one([c[n] for c in coeffs], device) for n in coeffs[0]}
-        self.on_inputs, self.apply = self.mean_gradients, self.apply_gradients
+        self.recorded: dict[str, Recorded] = {}
         if self.graphs:
             self.record()
 
     def record(self) -> None:
         "Have a step's work become two CUDA graphs (with Muon one: its learning rate has to be known when an update is started)."
-        self.on_inputs = Recorded(self.mean_gradients, self.device, [s.streams.masks for s in self.states])
+        self.recorded["mean_gradients"] = Recorded(self.device, [s.streams.masks for s in self.states])
         if self.config.optimizer == "adamw":
-            self.apply = Recorded(self.apply_gradients, self.device)
+            self.recorded["apply_gradients"] = Recorded(self.device)
             for group in (g for _, optimizers in self.optimizers for o in optimizers for g in o.param_groups):
                 group.update(lr=filled(0.0, self.device), capturable=True)
             for s in self.states if self.config.prune_at else ():
                 s.find_empty()  # so that pruning will not change what an update is given, but for its values
 
+    def act(self, name: str, *given: Any) -> Any:
+        "One of the two methods that do a step's work, or a replay of it."
+        method = getattr(self, name)
+        if name not in self.recorded:
+            return method(*given)
+        try:
+            return self.recorded[name](method, *given)
+        except CannotRecord as e:  # so nothing has happened yet
+            self.give_up_graphs(e)
+            return method(*given)
+
+    def give_up_graphs(self, why: CannotRecord) -> None:
+        "From now on a step's operations are started one by one."
+        print(f"no CUDA graph of a step ({why}), so its operations are started one by one")
+        self.graphs, self.recorded = False, {}
+
     def minimality(self, step: int) -> list[float | Tensor]:
         "Shape and weight of importance minimality; for a compiler a tensor if it changes, as a number would be a constant to it."
         imps, n, found = [s.config.losses.importance_minimality for s in self.states], self.config.steps, []
         for at in (ImportanceMinimality.shape_at, ImportanceMinimality.coeff_at):
-            value = each_or_one([at(i, step, n) for i in imps], self.device)
-            changes = self.compute is not step_gradients and any(at(i, 0, n) != at(i, n, n) for i in imps)
-            found.append(filled(value, self.device) if changes and not isinstance(value, Tensor) else value)
+            values = [at(i, step, n) for i in imps]
+            if self.compute is step_gradients or all(at(i, 0, n) == at(i, n, n) for i in imps):
+                found.append(each_or_one(values, self.device))
+            else:
+                found.append(stack_trees([filled(v, self.device) for v in values]))
         return found
 
     def batch_gradients(
@@ -667,7 +714,7 @@ class Stack:
         "Draw batches and give every run its gradients; what `mean_gradients` gives, in tensors that the next step may write to."
         streams = [s.streams for s in self.states]
         xs = [draw_inputs(self.data, self.config, streams) for _ in range(self.config.accumulate)]
-        return self.on_inputs(xs, *self.minimality(self.states[0].step))
+        return self.act("mean_gradients", xs, *self.minimality(self.states[0].step))
 
     def mean_gradients(
         self,
@@ -702,7 +749,7 @@ class Stack:
         "Clip and apply every run's gradients."
         for config, optimizers in self.optimizers:
             set_lr(optimizers, config, self.states[0].step)
-        self.apply([s.empty for s in self.states])
+        self.act("apply_gradients", [s.empty for s in self.states])
         for s in self.states:
             s.step += 1
 

@@ -79,13 +79,25 @@ class Stream:
 def stand_ins(watch: Any = nullcontext) -> dict[str, Any]:
     """What to put into `torch.cuda` for a while; what is recorded runs in a context of `watch`."""
 
+    modes: list[Any] = ["default"]
+
     @contextmanager
-    def graph(recorded: CUDAGraph, stream: Stream):
+    def graph(recorded: CUDAGraph, stream: Stream, capture_error_mode: str):
         with recorded, watch():
             yield
 
+    def set_sync_debug_mode(mode: str) -> None:
+        if mode == "error":
+            modes.append(watch())
+            modes[-1].__enter__()
+        else:
+            modes.pop().__exit__(None, None, None)
+
     nothing = lambda *_: nullcontext()
     return {
+        "get_sync_debug_mode": lambda: "default",
+        "set_sync_debug_mode": set_sync_debug_mode,
+        "set_stream": nothing,
         "CUDAGraph": CUDAGraph,
         "Stream": Stream,
         "current_stream": Stream,
