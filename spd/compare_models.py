@@ -8,6 +8,7 @@ __all__ = ['Parameters', 'cosines', 'importances_on_data', 'shared_inputs', 'sha
            'plot_matches', 'similarity_widget', 'save_comparison']
 
 # %% ../nbs/34_compare_models.ipynb #b299c7c1
+import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -77,6 +78,10 @@ def shared_sites(current: Subject, reference: Subject) -> list[str]:
     shapes = [{n: tuple(W.shape) for n, W in s.model.weights().items()} for s in (current, reference)]
     if not (both := [n for n in shapes[0] if shapes[1].get(n) == shapes[0][n]]):
         raise ValueError(f"{current.name} and {reference.name} have no site in common: {shapes[0]} and {shapes[1]}")
+    Ws, others = current.model.weights(), reference.model.weights()
+    apart = {n: ((Ws[n] - others[n].to(Ws[n])).norm() / Ws[n].norm()).item() for n in both}
+    if other := {n: round(share, 3) for n, share in apart.items() if share > 0.01}:
+        warnings.warn(f"{current.name} and {reference.name} are not of one target: matrices differ by {other}", stacklevel=2)
     return both
 
 # %% ../nbs/34_compare_models.ipynb #78e259c0

@@ -350,7 +350,11 @@ class ComponentModel(nn.Module):
         for site in self.sites.values():
             site.action = action
         try:
-            return self.target(x)
+            out = self.target(x)
+            out = getattr(out, "logits", out)  # of Hugging Face's models
+            if not isinstance(out, Tensor):
+                raise ValueError(f"a target must give one tensor, or something that has `.logits`; got a {type(out).__name__}")
+            return out
         finally:
             for site in self.sites.values():
                 site.action = None
@@ -371,7 +375,9 @@ class ComponentModel(nn.Module):
 
         out = self._run(x, record)
         if missing := [n for n in self.sites if n not in inputs]:
-            raise ValueError(f"modules {missing} do not run in the target's forward, so they cannot be decomposed")
+            fast = any(isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) for m in self.target.modules())
+            way = ", unless torch.backends.mha.set_fastpath_enabled(False) keeps PyTorch from a shortcut" if fast else ""
+            raise ValueError(f"modules {missing} do not run in the target's forward, so they cannot be decomposed{way}")
         return out, inputs
 
     def clean(

@@ -89,6 +89,11 @@ class Schedule(Config):
 
     half_life: float | None = Field(default=None, gt=0, description="exponential: share of the way after which it has halved")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _number(cls, data: Any) -> Any:
+        return {"start": data} if isinstance(data, int | float) else data  # a constant
+
     @model_validator(mode="after")
     def _half_life(self):
         if (self.fn == "exponential") != (self.half_life is not None):
@@ -383,7 +388,7 @@ class DecomposeConfig(Config):
     log_freq: int = Field(default=100, ge=1, description="steps between logged training rows")
     eval_freq: int = Field(default=1000, ge=1, description="steps between evaluations")
     save_freq: int = Field(default=1000, ge=1, description="steps between checkpoints")
-    eval_batch_size: int = Field(default=4096, ge=1, description="inputs per evaluation batch")
+    eval_batch_size: int = Field(default=4096, ge=1, description="inputs per evaluation batch (of sequences, positions)")
     n_eval_batches: int = Field(default=5, ge=1, description="batches per evaluation")
     patience: int | None = Field(default=None, ge=1, description="evaluations without a better one that end a run; None = never")
     keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept, besides the best one")

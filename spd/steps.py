@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'SEQUENCES', 'WARM_UP', 'ranks', 'join_ranks', 'from_first', 'from_all', 'average', 'check_ranks',
-           'Decomposition', 'Streams', 'InputKind', 'check_rows', 'Batch', 'stack_trees', 'draw_inputs', 'with_noise',
-           'warm_up', 'spread_out', 'least_squares', 'init_from_data', 'grad_norm', 'clip', 'adamw', 'make_optimizers',
-           'learning_rates', 'set_lr', 'of_rank', 'TrainState', 'trained', 'stack_parts', 'one_optimizer',
-           'check_members', 'numbers_of', 'filled', 'each_or_one', 'CannotRecord', 'may_record', 'waiting_refused',
-           'Recorded', 'Stack']
+           'Decomposition', 'Streams', 'check_run_axis', 'InputKind', 'check_rows', 'Batch', 'stack_trees',
+           'draw_inputs', 'with_noise', 'warm_up', 'spread_out', 'least_squares', 'init_from_data', 'grad_norm', 'clip',
+           'adamw', 'make_optimizers', 'learning_rates', 'set_lr', 'of_rank', 'TrainState', 'trained', 'stack_parts',
+           'one_optimizer', 'check_members', 'numbers_of', 'filled', 'each_or_one', 'CannotRecord', 'may_record',
+           'waiting_refused', 'Recorded', 'Stack']
 
 # %% ../nbs/08e_steps.ipynb #55a8f68e
 import atexit
@@ -141,6 +141,23 @@ class Streams:
         return cls(make_generator(data_seed, f"{use}/data", device), make_generator(config.seed, f"{use}/masks", device))
 
 # %% ../nbs/08e_steps.ipynb #d26010bb
+def check_run_axis(
+    model: ComponentModel,
+    *xs: Tensor,  # [B, d] inputs
+) -> None:
+    "ValueError if the target does something else with batches that are stacked along a run axis than with each of them."
+    seen = lambda out, inputs: [out, *map(form, inputs.values())]
+    alone = [seen(*model.clean(x)) for x in xs]
+    try:
+        together = seen(*model.clean(torch.stack(xs)))
+        same = all(torch.allclose(t, torch.stack(ts), 1e-3, 1e-5) for t, *ts in zip(together, *alone, strict=True))
+    except (RuntimeError, IndexError):  # shapes that do not fit
+        same = False
+    if not same:
+        why = "something in its forward counts dimensions from the front, as softmax(x, 1) or x[:, i]"
+        raise ValueError(f"the target cannot be run for several seeds at once: {why}. Count from the back, or run one by one")
+
+
 @dataclass
 class InputKind:
     "What training has to know about its data."
@@ -167,10 +184,16 @@ class InputKind:
         if n_runs > 1 and (next(iter(shapes.values())) or any(is_index(i) for i in inputs.values())):
             what = "sequences, and embeddings of tokens,"
             raise ValueError(f"runs side by side need inputs that are vectors; run {what} one seed after another")
+        if n_runs > 1:
+            check_run_axis(model, data(67, generator), data(67, generator))  # more rows than a target has columns by chance
         rows = None
         if zero_is_silent(model, x):
             rows = rows_to_keep(data(look, generator).any(-1).float().mean().item(), batch_size)
         return cls(None if rows == batch_size else rows, next(iter(shapes.values())))
+
+    def inputs(self, rows: int) -> int:
+        "How many inputs have so many rows, if every position is one; at least one input."
+        return max(1, rows // math.prod(self.positions))
 
     def sources_shape(self, config: DecomposeConfig) -> tuple[int, ...]:
         "Leading shape of a lasting adversary's noise: one for all, or one for each row, the added row of zeros included."
@@ -369,7 +392,8 @@ class TrainState:
     def prune(self, data: Callable, kind: InputKind) -> dict[str, int]:  # site -> how many more components are empty
         "`prune` on as many inputs as an evaluation takes, with the same outcome on all ranks."
         parts, c = self.parts, self.config
-        x = data(c.n_eval_batches * c.eval_batch_size, make_generator(c.seed, "prune", self.streams.data.device))
+        n = c.n_eval_batches * kind.inputs(c.eval_batch_size)
+        x = data(n, make_generator(c.seed, "prune", self.streams.data.device))
         x, weight = (x, None) if kind.rows is None else merge_zeros(x)
         told = {"threshold": c.ci_alive_threshold, "below": c.prune_below, "second": c.prune_second}
         emptied = from_first(lambda: prune(parts.model, parts.ci_fns, x, c.output_loss, weight, **told))

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from IPython.core.inputtransformer2 import TransformerManager
+from papermill import inspect_notebook
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -73,6 +74,15 @@ def parameter_cells(nbs: Path) -> list[str]:
         floor = (number(nb) or 0) // 10
         if n > 1 or (n == 0 and floor not in (0, 2)):
             bad.append(f"{nb.name}: {n} cells are tagged parameters")
+        elif n == 1:
+            (cell,) = [cell for cell in read_cells(nb) if "parameters" in cell["metadata"].get("tags", [])]
+            names = [
+                ast.unparse(t) for a in ast.parse(cell["source"]).body if isinstance(a, ast.Assign) for t in a.targets
+            ]
+            unseen = set(names) - set(inspect_notebook(str(nb)))  # by papermill: it warns of those that are given
+            bad += [
+                f"{nb.name}: papermill cannot read the line of {name} (a second = in it?)" for name in sorted(unseen)
+            ]
     return bad
 
 

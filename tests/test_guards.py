@@ -81,7 +81,8 @@ def test_catches_parameter_cells(tmp_path):
     write_nb(tmp_path, "08_two.ipynb", "a = 1", "b = 1", tags=["parameters"])
     write_nb(tmp_path, "11_none.ipynb", "a = 1")
     write_nb(tmp_path, "12_two.ipynb", "a = 1", "b = 1", tags=["parameters"])
-    assert [line[:2] for line in guards.parameter_cells(tmp_path)] == ["08", "11", "12"]
+    write_nb(tmp_path, "13_one.ipynb", "a = 1  # 0 = none\nb = 2", tags=["parameters"])
+    assert [line[:2] for line in guards.parameter_cells(tmp_path)] == ["08", "11", "12", "13"]
 
 
 def test_catches_missing_kernels(tmp_path):
