@@ -351,10 +351,7 @@ class ComponentModel(nn.Module):
             site.action = action
         try:
             out = self.target(x)
-            out = getattr(out, "logits", out)  # of Hugging Face's models
-            if not isinstance(out, Tensor):
-                raise ValueError(f"a target must give one tensor, or something that has `.logits`; got a {type(out).__name__}")
-            return out
+            return getattr(out, "logits", out)  # of Hugging Face's models
         finally:
             for site in self.sites.values():
                 site.action = None
@@ -378,6 +375,8 @@ class ComponentModel(nn.Module):
             fast = any(isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) for m in self.target.modules())
             way = ", unless torch.backends.mha.set_fastpath_enabled(False) keeps PyTorch from a shortcut" if fast else ""
             raise ValueError(f"modules {missing} do not run in the target's forward, so they cannot be decomposed{way}")
+        if not isinstance(out, Tensor):
+            raise ValueError(f"a target must give one tensor, or something that has `.logits`; got a {type(out).__name__}")
         return out, inputs
 
     def clean(

@@ -52,6 +52,7 @@ from spd.steps import (
     join_ranks,
     learning_rates,
     ranks,
+    trained,
     waiting_refused,
 )
 from .targets import describe, rebuild
@@ -286,12 +287,25 @@ class Recorder:
         self.folder.save(self.state.step, self.state.tensors(), self.state.numbers(), keep)
 
     def restore(self, step: int) -> None:
-        "Take up the checkpoint of a step; say which rows before it are lost."
-        self.state.restore(*self.folder.load(step))
+        "Take up the checkpoint of a step; say which rows before it are lost. ValueError if it is one of another target."
+        tensors, numbers = self.folder.load(step)
+        if self.folder.config()["target"] is None:  # so nothing else tells
+            self.check_target(tensors)
+        self.state.restore(tensors, numbers)
         on_disk = {row["_step"] for row in self.folder.rows()}
         if lost := [s for s in range(0, self.state.step, self.config.log_freq) if s not in on_disk]:
             text = f"metrics.jsonl lacks {len(lost)} rows of steps before {self.state.step}, the first at {lost[0]}"
             warnings.warn(text, stacklevel=3)
+
+    def check_target(self, tensors: dict[str, torch.Tensor]) -> None:
+        "ValueError if what a checkpoint has of the target is not what was handed in."
+        own, learnt = self.state.parts.state_dict(), trained(self.state.parts)
+        for name, now in own.items():
+            if name in learnt:
+                continue
+            then, what = tensors.get(f"parts.{name}"), name.removeprefix("model.target.")
+            if then is None or then.shape != now.shape or not torch.allclose(then, now.cpu(), 1e-3, 1e-5):
+                raise ValueError(f"{self.folder.path} is a run of another target: {what} was different")
 
     def finish(self, stopped: str = "") -> Run:
         "The last evaluation and the verdict; `stopped` says why a run ends early."

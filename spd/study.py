@@ -23,7 +23,7 @@ import psutil
 import yaml
 from pydantic import Field
 
-from .config import Config, DecomposeConfig
+from .config import Config, DecomposeConfig, problems
 from .decompose import StopWish, decompose
 from .early_stopping import finite_values, judge, reason
 from .files import jsonable, read_json, runs_root, to_json, write_atomic
@@ -96,7 +96,7 @@ class Sweep(Config):
             try:
                 self.configs(point)
             except ValueError as e:
-                raise ValueError(f"the point {point} is impossible: {e}") from None
+                raise ValueError(f"the point {point} is impossible: {problems(e)}") from None
         if self.file.metric and self.file.metric.name not in (names := logged_names(self.experiment)):
             there = ", ".join(sorted(names))
             raise ValueError(f"{self.file.metric.name!r} is never logged by {self.experiment}; logged: {there}")

@@ -511,7 +511,8 @@ def read_sweep(
         raise ValueError(f"{path}: {e}") from None
     if found:
         said = "; ".join(w.lstrip(".") for w in found)
-        warnings.warn(f"{path}: YAML takes these for text, read as floats here: {said}. With W&B write 5.0e-7", stacklevel=2)
+        said += ". With W&B floats need a dot, as in 5.0e-7"
+        warnings.warn(f"{path}: YAML takes these for text, read as floats here: {said}", stacklevel=2)
     for name, law in sweep.searched().items():
         if law.kind in DEPRECATED:
             bounds = "exponents of e ({:.3g} to {:.3g})".format(*law.ends())
