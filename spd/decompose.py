@@ -168,6 +168,8 @@ class StopWish:
         name = signal.Signals(number).name
         if name == self.signal == "SIGINT" and "SPD_RUN_DIR" not in os.environ:  # a job repeats the signal: see `spd.jobs`
             raise KeyboardInterrupt("Ctrl-C twice: stopped in mid-step, the last checkpoint stays")
+        if name == "SIGINT" and not self.signal:
+            print("Ctrl-C: the step, with its evaluation if it has one, is finished; once more to stop at once", flush=True)
         self.signal = self.signal or name
 
 # %% ../nbs/09_decompose.ipynb #79c73f86
