@@ -372,7 +372,8 @@ class ComponentModel(nn.Module):
 
         out = self._run(x, record)
         if missing := [n for n in self.sites if n not in inputs]:
-            fast = any(isinstance(m, nn.TransformerEncoderLayer | nn.MultiheadAttention) for m in self.target.modules())
+            kinds = {type(m) for m in self.target.modules()}
+            fast = torch.backends.mha.get_fastpath_enabled() and kinds & {nn.TransformerEncoderLayer, nn.MultiheadAttention}
             way = ", unless torch.backends.mha.set_fastpath_enabled(False) keeps PyTorch from a shortcut" if fast else ""
             raise ValueError(f"modules {missing} do not run in the target's forward, so they cannot be decomposed{way}")
         if not isinstance(out, Tensor):

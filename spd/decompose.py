@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_sites', 'check_data', 'check_logits', 'estimate_step_seconds', 'duration', 'StopWish', 'Run', 'Recorder',
-           'plain', 'validation_row', 'Ensemble', 'SilentFolder', 'open_run', 'common_step', 'how_to_compile',
-           'step_function', 'estimate', 'decompose', 'steps_at', 'Training', 'train', 'load_run']
+           'plain', 'validation_row', 'Ensemble', 'SilentFolder', 'check_target', 'open_run', 'common_step',
+           'how_to_compile', 'step_function', 'estimate', 'decompose', 'steps_at', 'Training', 'train', 'load_run']
 
 # %% ../nbs/09_decompose.ipynb #ed3a3929
 import inspect
@@ -17,7 +17,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -27,7 +27,7 @@ from torch import nn
 
 from .components import ComponentModel, insert_identities, match_modules
 from .config import DecomposeConfig, Halving, MiracleDistance, find_device, make_generator
-from .files import progress_bar
+from .files import DamagedFile, progress_bar
 from .importance import CIFunctions
 from .losses import step_gradients
 from .metrics import ci_l0, compute_miracle_distance
@@ -44,7 +44,6 @@ from spd.steps import (
     TrainState,
     check_members,
     check_ranks,
-    check_rows,
     copy_from_first,
     draw_inputs,
     from_first,
@@ -52,7 +51,6 @@ from spd.steps import (
     join_ranks,
     learning_rates,
     ranks,
-    trained,
     waiting_refused,
 )
 from .targets import describe, rebuild
@@ -81,28 +79,35 @@ def check_data(
     model: ComponentModel,
     data: Callable,  # (n, generator) -> [n, ...] inputs
     n: int,  # inputs to ask for
+    why: str,  # who asks, e.g. "batch_size"
 ) -> None:
     "ValueError or TypeError if `data` gives no inputs for the target; a warning if not the same ones for the same generator."
     device = next(model.parameters()).device
     if not callable(data):
         raise TypeError(f"data must be a function (n, generator) -> [n, ...] inputs, got a {type(data).__name__}")
-    x, again = (data(n, make_generator(0, "check", device)) for _ in range(2))
+    generator = make_generator(0, "check", device)
+    x, later, again = data(n, generator), data(n, generator), data(n, make_generator(0, "check", device))
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"data(n, generator) must give a tensor [n, ...] of inputs, got a {type(x).__name__}")
     what = f"data({n}, generator) gave inputs of shape {list(x.shape)}, {x.dtype} on {x.device}"
+    shape = f"[{n}, d] or [{n}, ..., d]" if x.is_floating_point() else f"[{n}] or [{n}, ...]"
     if x.ndim < (2 if x.is_floating_point() else 1) or len(x) != n:
-        raise ValueError(f"{what}; wanted [{n}, ...], one row for each input")
+        raise ValueError(f"{what}; wanted {shape}, as {why} is {n}")
+    if later.shape != x.shape:
+        raise ValueError(f"{what}, and then {list(later.shape)}; all batches must have one shape")
     if x.device.type != device.type:
         raise ValueError(f"{what}; the run is on {device}: draw with device=generator.device")
     if not x.isfinite().all():
         raise ValueError(f"{what}, some of which are not finite")
-    if again.shape != x.shape or not torch.equal(again, x):
+    if not torch.equal(again, x):
         lost = "so evaluations differ by chance, and a resumed run is another one"
         warnings.warn(f"data gives other inputs when it is called with the same generator again, {lost}", stacklevel=3)
     try:
-        model.clean(x)
-    except (RuntimeError, TypeError, IndexError) as e:
+        out = model.clean(x)[0]
+    except (RuntimeError, TypeError, IndexError, AssertionError) as e:
         raise ValueError(f"{what}, on which the target fails: {str(e).partition(chr(10))[0]}") from e
+    if not out.isfinite().all():
+        raise ValueError(f"{what}, for which the target's outputs are not all finite")
 
 
 def check_logits(
@@ -252,12 +257,13 @@ class Recorder:
         if bad := [n for n, p in self.state.parts.named_parameters() if not torch.isfinite(p).all()]:
             raise self._diverged(f"{bad[0]} not finite")
 
-    def measure(self, n_batches: int) -> dict[str, Any]:
-        "The numbers for the verdict, on so many batches of the evaluation stream."
+    def measure(self) -> dict[str, Any]:
+        "The numbers for the verdict, on the evaluation stream, which starts anew each time."
         c, parts = self.config, self.state.parts
         return measure(
             parts.model, parts.ci_fns, self.data, make_generator(c.seed, "eval", next(parts.parameters()).device), self.truth,
-            self.kind.inputs(c.eval_batch_size), n_batches, c.ci_alive_threshold, kind=c.output_loss, delta=c.use_delta_component,
+            self.kind.inputs(c.eval_batch_size), c.n_eval_batches, c.ci_alive_threshold, kind=c.output_loss,
+            delta=c.use_delta_component,
         )  # fmt: skip
 
     def evaluate(self) -> tuple[dict[str, Any], dict[str, float]]:  # numbers of `measure`, row to log
@@ -265,7 +271,7 @@ class Recorder:
         self.check_finite()
         c, parts = self.config, self.state.parts
         try:
-            numbers = from_first(lambda: self.measure(c.n_eval_batches), plain)
+            numbers = from_first(self.measure, plain)
         except FloatingPointError as e:
             raise self._diverged(str(e)) from None
         row = validation_row(numbers, parts.Cs, c.miracle)
@@ -289,25 +295,12 @@ class Recorder:
         self.folder.save(self.state.step, self.state.tensors(), self.state.numbers(), keep)
 
     def restore(self, step: int) -> None:
-        "Take up the checkpoint of a step; say which rows before it are lost. ValueError if it is one of another target."
-        tensors, numbers = self.folder.load(step)
-        if self.folder.config()["target"] is None:  # so nothing else tells
-            self.check_target(tensors)
-        self.state.restore(tensors, numbers)
+        "Take up the checkpoint of a step; say which rows before it are lost."
+        self.state.restore(*self.folder.load(step))
         on_disk = {row["_step"] for row in self.folder.rows()}
         if lost := [s for s in range(0, self.state.step, self.config.log_freq) if s not in on_disk]:
             text = f"metrics.jsonl lacks {len(lost)} rows of steps before {self.state.step}, the first at {lost[0]}"
             warnings.warn(text, stacklevel=3)
-
-    def check_target(self, tensors: dict[str, torch.Tensor]) -> None:
-        "ValueError if what a checkpoint has of the target is not what was handed in."
-        own, learnt = self.state.parts.state_dict(), trained(self.state.parts)
-        for name, now in own.items():
-            if name in learnt:
-                continue
-            then, what = tensors.get(f"parts.{name}"), name.removeprefix("model.target.")
-            if then is None or then.shape != now.shape or not torch.allclose(then, now.cpu(), 1e-3, 1e-5):
-                raise ValueError(f"{self.folder.path} is a run of another target: {what} was different")
 
     def finish(self, stopped: str = "") -> Run:
         "The last evaluation and the verdict; `stopped` says why a run ends early."
@@ -422,6 +415,24 @@ class SilentFolder(RunFolder):
         return self
 
 # %% ../nbs/09_decompose.ipynb #0b290cb2
+def check_target(
+    folder: RunFolder,  # of a run that is to go on
+    parts: Decomposition,  # made of the target that was handed in
+) -> None:
+    "ValueError if the run's newest checkpoint has another target's parameters."
+    try:
+        then = folder.load("last", "parts.")[0] if folder.checkpoints() else {}
+    except DamagedFile:  # the one before it is going to be used
+        return
+    for name, p in parts.named_parameters() if then else ():
+        if p.requires_grad:
+            continue
+        was = then.get(name)
+        if was is None or was.shape != p.shape or not torch.allclose(was, p.cpu(), 1e-3, 1e-5):
+            what = name.removeprefix("model.target.").replace(".original.", ".")
+            raise ValueError(f"{folder.path} is a run of another target: its {what} was another")
+
+
 def open_run(
     target: nn.Module, data: Callable, config: DecomposeConfig, truth: GroundTruth | None, name: str, out_dir: str | Path | None,
     device: str, extra: dict[str, Any], tracking: Tracking | None, resume: str | Path | None, kind: InputKind,
@@ -437,6 +448,8 @@ def open_run(
         then = folder.config()["decompose"]
         if DecomposeConfig.model_validate(then) == config:
             record["decompose"] = then  # may lack fields that were added since, which have their defaults
+        if record["target"] is None:  # so nothing else tells
+            check_target(folder, TrainState.of(target, config).parts)
         folder.reopen(record)
         tracking = tracking or Tracking.model_validate(folder.config()["extra"].get("tracking", {}))
     else:
@@ -508,7 +521,7 @@ def decompose(
     truth: GroundTruth | None = None,  # what the right answer is, if known
     name: str = "run",  # start of the run folder's name
     out_dir: str | Path | None = None,  # where run folders go; None = `runs_root()`
-    device: str = "cpu",  # "cpu", "cuda", "mps"; "auto" is a GPU if there is one
+    device: str = "cpu",  # "cpu", "cuda", "mps"; "auto" is CUDA if it is there
     extra: dict[str, Any] | None = None,  # what else to record, e.g. the experiment, its notebook and parameters
     tracking: Tracking | None = None,  # a mirror at W&B; None = none
     resume: str | Path | Sequence[str | Path] | None = None,  # run folder(s) to go on with; target and config must be the same
@@ -522,13 +535,13 @@ def decompose(
     device = find_device(device) if device in ("auto", "cuda", "mps") else device
     one, device = isinstance(config, DecomposeConfig) and seeds is None, join_ranks(device)
     rank, n_ranks = ranks()
-    configs = [config] if isinstance(config, DecomposeConfig) else list(config)
+    configs = [config] if isinstance(config, DecomposeConfig) else list(config) if isinstance(config, Sequence) else [config]
+    if wrong := [c for c in configs if not isinstance(c, DecomposeConfig)]:
+        raise TypeError(f"config must be a DecomposeConfig or a list of them, got a {type(wrong[0]).__name__}")
     configs = configs if seeds is None else [c.replace(seed=s) for c in configs for s in seeds]
     if not configs:
         raise ValueError("there is nothing to run: `config` or `seeds` is empty")
     for c in configs:
-        if not isinstance(c, DecomposeConfig):
-            raise TypeError(f"config must be a DecomposeConfig or several of them, got a {type(config).__name__}")
         check_sites(target, c, truth)
         check_ranks(c, n_ranks)
     if n_ranks > 1 and len(configs) > 1:
@@ -540,12 +553,11 @@ def decompose(
     if len(paths) != len(configs):
         raise ValueError(f"{len(configs)} configs need as many run folders to resume, got {len(paths)}")
     model, batch_size = TrainState.of(target, configs[0], device).parts.model, configs[0].batch_size // n_ranks
-    for c in configs:
-        check_rows(c, data, device)
-    check_data(model, data, batch_size)
+    check_data(model, data, batch_size, "batch_size" if n_ranks == 1 else "a process's share of batch_size")
     check_logits(model, data, configs[0])
     kind = InputKind.of(model, data, batch_size, len(configs))
-    check_data(model, data, kind.inputs(configs[0].eval_batch_size))
+    of_positions = " in positions" if kind.positions else ""
+    check_data(model, data, kind.inputs(configs[0].eval_batch_size), f"eval_batch_size{of_positions}")
     group = {} if one else {"ensemble": uuid.uuid4().hex[:8]}
     group |= {"ranks": n_ranks} if n_ranks > 1 else {}
     opened = [
@@ -576,8 +588,9 @@ def decompose(
         seconds = estimate(stack)
         if progress:
             left, n, c, start = configs[0].steps - recorders[0].state.step, len(configs), configs[0], time.perf_counter()
-            recorders[0].measure(1)
-            each, times = n * c.n_eval_batches * (time.perf_counter() - start), math.ceil(left / c.eval_freq) + 1
+            with suppress(FloatingPointError):  # the first evaluation will say so
+                recorders[0].measure()
+            each, times, seconds = n * (time.perf_counter() - start), math.ceil(left / c.eval_freq) + 1, c.accumulate * seconds
             cost = f"{left} steps x {seconds * 1e3:.3g} ms + {times} evaluations x {each:.2g} s"
             cost += f" = about {duration(left * seconds + times * each)}"
             runs = f"Run folder: {recorders[0].folder.path}" if n == 1 else f"{n} runs, the first in {recorders[0].folder.path}"

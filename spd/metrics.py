@@ -239,7 +239,7 @@ def next_token_ce(
     tokens: Tensor,  # [B, S] the inputs
 ) -> float:  # nats
     "Mean cross entropy of every token but the first, given those before it."
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().long()).item()
 
 
 @torch.no_grad()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAY_DIFFER', 'SEQUENCES', 'WARM_UP', 'ranks', 'join_ranks', 'from_first', 'from_all', 'average', 'check_ranks',
-           'Decomposition', 'Streams', 'check_run_axis', 'InputKind', 'check_rows', 'Batch', 'stack_trees',
-           'draw_inputs', 'with_noise', 'warm_up', 'spread_out', 'least_squares', 'init_from_data', 'grad_norm', 'clip',
-           'adamw', 'make_optimizers', 'learning_rates', 'set_lr', 'of_rank', 'TrainState', 'trained', 'stack_parts',
+           'Decomposition', 'Streams', 'check_run_axis', 'InputKind', 'Batch', 'stack_trees', 'draw_inputs',
+           'with_noise', 'warm_up', 'spread_out', 'least_squares', 'init_from_data', 'grad_norm', 'clip', 'adamw',
+           'make_optimizers', 'learning_rates', 'set_lr', 'of_rank', 'TrainState', 'trained', 'stack_parts',
            'one_optimizer', 'check_members', 'numbers_of', 'filled', 'each_or_one', 'CannotRecord', 'may_record',
            'waiting_refused', 'Recorded', 'Stack']
 
@@ -147,11 +147,13 @@ def check_run_axis(
 ) -> None:
     "ValueError if the target does something else with batches that are stacked along a run axis than with each of them."
     seen = lambda out, inputs: [out, *map(form, inputs.values())]
+    alike = lambda ones, others: all(torch.allclose(a, b, 1e-3, 1e-5, equal_nan=True) for a, b in zip(ones, others, strict=True))
     alone = [seen(*model.clean(x)) for x in xs]
+    if not alike(alone[0], seen(*model.clean(xs[0]))):
+        raise ValueError("the target gives other outputs for the same inputs, so no two of its runs can be compared")
     try:
-        together = seen(*model.clean(torch.stack(xs)))
-        same = all(torch.allclose(t, torch.stack(ts), 1e-3, 1e-5) for t, *ts in zip(together, *alone, strict=True))
-    except (RuntimeError, IndexError):  # shapes that do not fit
+        same = alike(seen(*model.clean(torch.stack(xs))), map(torch.stack, zip(*alone, strict=True)))
+    except Exception:  # whatever it says of a shape that it does not expect
         same = False
     if not same:
         why = "something in its forward counts dimensions from the front, as softmax(x, 1) or x[:, i]"
@@ -185,7 +187,7 @@ class InputKind:
             what = "sequences, and embeddings of tokens,"
             raise ValueError(f"runs side by side need inputs that are vectors; run {what} one seed after another")
         if n_runs > 1:
-            check_run_axis(model, data(67, generator), data(67, generator))  # more rows than a target has columns by chance
+            check_run_axis(model, data(67, generator), data(67, generator))  # hardly the width of anything
         rows = None
         if zero_is_silent(model, x):
             rows = rows_to_keep(data(look, generator).any(-1).float().mean().item(), batch_size)
@@ -200,21 +202,6 @@ class InputKind:
         if config.losses.persistent.scope == "shared":
             return (1,) * (1 + len(self.positions))
         return (config.batch_size // ranks()[1] if self.rows is None else self.rows + 1, *self.positions)
-
-
-def check_rows(
-    config: DecomposeConfig,
-    data: Callable,  # (n, generator) -> [n, ...] inputs
-    device: str | torch.device = "cpu",
-) -> None:
-    "ValueError if every row of a batch shall have its own lasting adversary, but batches have no fixed shape."
-    if not config.losses.persisting() or config.losses.persistent.scope == "shared":
-        return
-    generator, n = make_generator(0, "rows", device), config.batch_size // ranks()[1]
-    shapes = sorted({tuple(data(n, generator).shape) for _ in range(3)})
-    if len(shapes) > 1 or shapes[0][0] != n:
-        said = f"persistent scope 'per_row' keeps an adversary for each of {n} rows, so all batches must have one shape"
-        raise ValueError(f"{said} with {n} rows; the data gave {shapes}. Use scope 'shared', or make the data's shape fixed")
 
 
 class Batch(NamedTuple):
