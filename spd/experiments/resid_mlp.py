@@ -218,7 +218,7 @@ PRESETS: dict[str, dict[int, DecomposeConfig]] = {
         1: _preset(
             200, 100, _ANNEALED | {"coeff": 3e-5, "final_p": 1.0}, lr={"start": 4e-3, "fn": "cosine"}, **_OURS | {"steps": 8_000}
         ),
-        2: _preset(200, 50, _STRICT | {"coeff": 5e-5}, **_OURS | _DEEP | {"steps": 7_000, "hold_components": 0.05}),
+        2: _preset(200, 50, _STRICT | {"coeff": 5e-5}, **_OURS | _DEEP | {"steps": 7_000}),
         3: _preset(204, 34, _STRICT | {"coeff": 2.2e-5}, **_OURS | _DEEP | _THREE),
     },
 }
