@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -135,9 +136,9 @@ def estimate_step_seconds(
 ) -> tuple[float, float]:  # seconds of the first step, median seconds of the others
     "Duration of a batch's losses and gradients; changes nothing."
     streams, times = [Streams.of(s.config, s.streams.data.device, "estimate") for s in stack.states], []
-    recorded, first = Recorded(stack.device, [s.masks for s in streams]), WARM_UP + 1 if stack.graphs else 1
-    act = lambda x, *minimality: stack.batch_gradients(x, streams, *minimality)
-    compute = (lambda *given: recorded(act, *given)) if stack.graphs else act
+    compute, first = lambda x, *minimality: stack.batch_gradients(x, streams, *minimality), 1
+    if stack.graphs:
+        compute, first = partial(Recorded(stack.device, [s.masks for s in streams]), compute), WARM_UP + 1
     for i in range(first + n):
         start, given = time.perf_counter(), (draw_inputs(stack.data, stack.config, streams), *stack.minimality(0))
         with waiting_refused() if stack.graphs and i == 1 else nullcontext():
@@ -438,9 +439,9 @@ def open_run(
     device: str, extra: dict[str, Any], tracking: Tracking | None, resume: str | Path | None, kind: InputKind,
 ) -> tuple[Recorder, Tracking]:  # fmt: skip
     "Make a run's folder, or open that of a run to go on with; ranks behind the first one take its folder."
+    state = TrainState.of(target, config, device)
     if ranks()[0]:
-        folder = SilentFolder(from_first(lambda: None))
-        return Recorder(folder, TrainState.of(target, config, device), data, truth, kind), Tracking()
+        return Recorder(SilentFolder(from_first(lambda: None)), state, data, truth, kind), Tracking()
     record = {"decompose": config.model_dump(mode="json"), "target": describe(target), "data": describe(data)}
     record["truth"] = truth and truth.model_dump(mode="json")
     if resume:
@@ -449,7 +450,7 @@ def open_run(
         if DecomposeConfig.model_validate(then) == config:
             record["decompose"] = then  # may lack fields that were added since, which have their defaults
         if record["target"] is None:  # so nothing else tells
-            check_target(folder, TrainState.of(target, config).parts)
+            check_target(folder, state.parts)
         folder.reopen(record)
         tracking = tracking or Tracking.model_validate(folder.config()["extra"].get("tracking", {}))
     else:
@@ -460,7 +461,7 @@ def open_run(
         beside = {"device": device, "seeds": seeds, "tracking": tracking.model_dump(mode="json")} | extra
         folder = RunFolder.create(name, record, out_dir, beside)
     from_first(lambda: folder.path.resolve())
-    return Recorder(folder, TrainState.of(target, config, device), data, truth, kind), tracking
+    return Recorder(folder, state, data, truth, kind), tracking
 
 
 def common_step(folders: Sequence[RunFolder]) -> int | None:
@@ -535,7 +536,7 @@ def decompose(
     device = find_device(device) if device in ("auto", "cuda", "mps") else device
     one, device = isinstance(config, DecomposeConfig) and seeds is None, join_ranks(device)
     rank, n_ranks = ranks()
-    configs = [config] if isinstance(config, DecomposeConfig) else list(config) if isinstance(config, Sequence) else [config]
+    configs = list(config) if isinstance(config, Sequence) else [config]
     if wrong := [c for c in configs if not isinstance(c, DecomposeConfig)]:
         raise TypeError(f"config must be a DecomposeConfig or a list of them, got a {type(wrong[0]).__name__}")
     configs = configs if seeds is None else [c.replace(seed=s) for c in configs for s in seeds]
